@@ -1,0 +1,172 @@
+"""The front door: what `import alight` offers as functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alight import devices, plugins, sources
+from alight.artifact import ASKED, SOURCE, Artifact, Description
+from alight.builder import Builder, BuildRequest, BuildResult
+from alight.devices import Device
+from alight.errors import BadInput
+from alight.store import Store, normal_name
+from alight.target import LoadOptions, Model
+
+if TYPE_CHECKING:
+    from alight.lan.client import RemoteServer
+    from alight.lan.discovery import Peer
+
+Progress = Callable[[str, int, int], None]  # what, bytes done, bytes in all
+
+
+def load(name: str | Path = "builtin:smollm2", *, target: str = "auto", **options: Any) -> Model:
+    """Load a model and return it, ready to chat.
+
+    Args:
+        name: a model of the store ("smollm2"), a `.gguf` file, or any source (`builtin:`, `hf://…`), which
+            is pulled into the store first.
+        target: the runtime; "auto" takes the first that is here and reads the model's format.
+        options: those of LoadOptions: context (tokens), threads, kv_type, flash_attention.
+
+    Raises:
+        ModelNotFound, InvalidModelFile, DoesNotFit, TargetUnavailable, EngineError; all are AlightErrors.
+    """
+    artifact = resolve(str(name))
+    chosen = plugins.choose_target(artifact) if target == "auto" else plugins.target(target)
+    if artifact.format not in chosen.formats:
+        raise BadInput(
+            f"target {chosen.name!r} cannot load {artifact.name!r}, which is {artifact.format}",
+            hint=f"It reads: {', '.join(sorted(chosen.formats))}.",
+        )
+    return chosen.load(artifact, _options(options))
+
+
+def resolve(name: str, *, store: Store | None = None, progress: Progress | None = None) -> Artifact:
+    """The artifact behind a model name, a file or a source; a source is pulled into the store first."""
+    store = store or Store()
+    if name in store:
+        return store.get(name)
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file() and "-of-" not in path.stem:
+        return Artifact.loose(path)
+    if sources.is_source(name):
+        known = next((a for a in store.list() if a.annotations.get(ASKED) == name), None)
+        return known or pull(name, store=store, progress=progress)
+    return store.get(name)  # raises, with the nearest names
+
+
+def pull(
+    source: str, *, name: str | None = None, store: Store | None = None, progress: Progress | None = None
+) -> Artifact:
+    """Fetch a model into the store.
+
+    Args:
+        source: `builtin:smollm2`, `hf://org/name[@rev][:file]`, `modelscope://…`, a `.gguf` file or a
+            checkpoint folder.
+        name: its name in the store; by default one taken from the source.
+    """
+    store = store or Store()
+    if name:
+        normal_name(name)  # a bad name is told before the download
+    with sources.exclusive(source):
+        fetched = sources.fetch(source, progress=progress)
+        return store.add(
+            name or fetched.name,
+            fetched.files,
+            describe(fetched.files, fetched.format, licence=fetched.licence or "", title=fetched.name),
+            annotations={SOURCE: fetched.source, ASKED: source},
+            move=fetched.temporary,
+            digests=fetched.digests,
+            progress=progress,
+        )
+
+
+def describe(files: dict[str, Path], format: str, *, licence: str = "", title: str = "") -> Description:
+    """What model files say about themselves, from their headers alone.
+
+    Raises:
+        InvalidModelFile: a header is damaged or the files are of another kind.
+    """
+    if format == "gguf":
+        from alight.gguf import read_header
+
+        headers = [read_header(file) for path, file in sorted(files.items()) if path.endswith(".gguf")]
+        first = Description.of_gguf(headers[0], licence=licence, title=title)
+        return replace(first, parameters=sum(h.parameters for h in headers))
+    from alight.planner import shape_of_checkpoint
+
+    shape = shape_of_checkpoint(files)
+    return Description(
+        format=format, architecture=shape.architecture, parameters=shape.parameters, licence=licence, title=title
+    )
+
+
+def build(
+    source: str,
+    *,
+    device: str | Device = "this",
+    name: str | None = None,
+    format: str = "gguf",
+    progress: Progress | None = None,
+    **limits: Any,
+) -> BuildResult:
+    """Build the form of a model that fits a device, measured against its source, into the store.
+
+    Args:
+        source: a model of the store, a file or any source.
+        device: "this" (measured now), a known board's name (`alight probe --list`), or a Device.
+        name: the artifact's name in the store; by default the source's name and the device's.
+        limits: the rest of BuildRequest: types, context, min_speed, max_memory, max_kl, text, tokens, seed.
+
+    Raises:
+        DoesNotFit, BadInput: no form keeps the limits; says which one binds and by how much.
+    """
+    builder, request = prepare_build(source, device=device, name=name, format=format, progress=progress, **limits)
+    return builder.build(request, progress)
+
+
+def prepare_build(
+    source: str,
+    *,
+    device: str | Device,
+    name: str | None,
+    format: str,
+    progress: Progress | None = None,
+    **limits: Any,
+) -> tuple[Builder, BuildRequest]:
+    """The builder and its request, ready for `plan` or `build`."""
+    builder: Builder = plugins.builder(format)
+    chosen = devices.resolve(device) if isinstance(device, str) else device
+    artifact = resolve(source, progress=progress)
+    full = name or f"{artifact.name.partition(':')[0]}:{chosen.id}"
+    normal_name(full)  # a bad name is told before an hour of work
+    known = {f.name for f in fields(BuildRequest)} - {"source", "device", "name"}
+    for key in limits:
+        if key not in known:
+            raise BadInput(f"unknown build option {key!r}", hint=f"Known: {', '.join(sorted(known))}.")
+    return builder, BuildRequest(source=artifact, device=chosen, name=full, **limits)
+
+
+def discover(timeout: float = 2.0) -> list[Peer]:
+    """The alight servers on this network, nearest first. Takes `timeout` seconds."""
+    from alight.lan.discovery import browse
+
+    return browse(timeout)
+
+
+def connect(name: str, *, timeout: float = 2.0) -> RemoteServer:
+    """A server on this network by its name, or by address ("http://host:port")."""
+    from alight.lan.client import connect as open_connection
+
+    return open_connection(name, timeout=timeout)
+
+
+def _options(options: dict[str, Any]) -> LoadOptions:
+    try:
+        return LoadOptions(**options)
+    except TypeError as error:
+        known = ", ".join(LoadOptions.__dataclass_fields__)
+        raise BadInput(f"unknown load option in {sorted(options)}", hint=f"Known: {known}.") from error

@@ -1,0 +1,217 @@
+"""A model artifact: an OCI manifest in the CNCF ModelPack format, and its files.
+
+Specification: https://github.com/modelpack/model-spec. An artifact is immutable and addressed by the
+digest of its manifest. Its *lineage* is the digest of the source model's weights: artifacts of one
+lineage are the same model in another form.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from alight.errors import InvalidModelFile
+from alight.gguf import GGUFHeader, read_header
+
+INDEX = "application/vnd.oci.image.index.v1+json"
+MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+ARTIFACT = "application/vnd.cncf.model.manifest.v1+json"
+CONFIG = "application/vnd.cncf.model.config.v1+json"
+WEIGHT = "application/vnd.cncf.model.weight.v1.raw"
+WEIGHT_CONFIG = "application/vnd.cncf.model.weight.config.v1.raw"
+DOC = "application/vnd.cncf.model.doc.v1.raw"
+
+FILEPATH = "org.cncf.model.filepath"
+LINEAGE = "alight.lineage"
+SOURCE = "alight.source"  # where it came from, with the revision that was found
+ASKED = "alight.asked"  # the source as the user wrote it
+
+REPORT = "report.json"  # the quality report's path inside an artifact
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One file of an artifact: its path inside the model, media type, digest and size."""
+
+    path: str
+    media_type: str
+    digest: str
+    size: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "mediaType": self.media_type,
+            "digest": self.digest,
+            "size": self.size,
+            "annotations": {FILEPATH: self.path},
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a model says about itself: the ModelPack config."""
+
+    format: str
+    architecture: str = "unknown"
+    parameters: int = 0
+    quantization: str = ""
+    licence: str = ""
+    family: str = ""
+    title: str = ""
+
+    def to_json(self, diff_ids: Iterable[str]) -> dict[str, Any]:
+        descriptor = {"name": self.title, "family": self.family, "licenses": [self.licence] if self.licence else []}
+        config = {
+            "architecture": self.architecture,
+            "format": self.format,
+            "paramSize": str(self.parameters),
+            "quantization": self.quantization,
+        }
+        return {
+            "descriptor": {k: v for k, v in descriptor.items() if v},
+            "modelfs": {"type": "layers", "diffIds": list(diff_ids)},
+            "config": {k: v for k, v in config.items() if v},
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Description:
+        descriptor, config = data.get("descriptor") or {}, data.get("config") or {}
+        size = str(config.get("paramSize") or "0")
+        return cls(
+            format=str(config.get("format", "")),
+            architecture=str(config.get("architecture", "unknown")),
+            parameters=int(size) if size.isdigit() else 0,
+            quantization=str(config.get("quantization", "")),
+            licence=", ".join(descriptor.get("licenses") or []),
+            family=str(descriptor.get("family", "")),
+            title=str(descriptor.get("name", "")),
+        )
+
+    @classmethod
+    def of_gguf(cls, header: GGUFHeader, *, licence: str = "", title: str = "") -> Description:
+        meta = header.metadata
+        return cls(
+            format="gguf",
+            architecture=header.architecture,
+            parameters=header.parameters,
+            quantization=header.quantization,
+            licence=licence or str(meta.get("general.license", "")),
+            family=str(meta.get("general.basename", header.architecture)),
+            title=title or str(meta.get("general.name", "")),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A model that is ready to load: its description, and where each file is on disk.
+
+    `digest` is that of the manifest ("sha256:…"); it is empty for a loose file that is in no store.
+    """
+
+    name: str
+    digest: str
+    description: Description
+    layers: tuple[Layer, ...]
+    files: Mapping[str, Path]  # path inside the model -> file on disk
+    annotations: Mapping[str, str] = field(default_factory=dict)
+    modified: float = 0.0  # seconds since the epoch
+
+    @property
+    def format(self) -> str:
+        return self.description.format
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(layer.size for layer in self.layers)
+
+    @property
+    def lineage(self) -> str:
+        return self.annotations.get(LINEAGE, "")
+
+    @property
+    def weights(self) -> list[Path]:
+        """The weight files, in the order of their names."""
+        return [self.files[layer.path] for layer in sorted(self._weight_layers(), key=lambda x: x.path)]
+
+    @property
+    def report(self) -> dict[str, Any] | None:
+        """The quality report that `alight build` wrote, if there is one."""
+        path = self.files.get(REPORT)
+        return json.loads(path.read_text()) if path else None
+
+    def header(self) -> GGUFHeader:
+        """The GGUF header of the (first) weight file."""
+        if self.format != "gguf":
+            raise InvalidModelFile(
+                f"{self.name} is in {self.format} format, not GGUF",
+                hint="`alight build` makes a GGUF; converting checkpoints is not in this version yet.",
+            )
+        return read_header(self.weights[0])
+
+    def _weight_layers(self) -> list[Layer]:
+        return [x for x in self.layers if x.media_type.startswith("application/vnd.cncf.model.weight.v1")]
+
+    @classmethod
+    def loose(cls, path: Path) -> Artifact:
+        """A GGUF file as it lies, without a store."""
+        description = Description.of_gguf(read_header(path), title=path.stem)
+        stat = path.stat()
+        layer = Layer(path.name, WEIGHT, "", stat.st_size)
+        return cls(path.stem.lower(), "", description, (layer,), {path.name: path}, modified=stat.st_mtime)
+
+
+def media_type(path: str) -> str:
+    """The ModelPack media type for a file, by its name."""
+    name = PurePosixPath(path).name.lower()
+    if name.endswith((".gguf", ".safetensors", ".bin", ".onnx", ".onnx.data", ".so")):
+        return WEIGHT
+    if name == REPORT or name.startswith(("readme", "license", "licence")) or name.endswith(".md"):
+        return DOC
+    return WEIGHT_CONFIG
+
+
+def safe_path(path: str) -> str:
+    """A path inside a model, checked: it comes from outside and must not leave the model's folder."""
+    parts = PurePosixPath(path).parts
+    if not parts or path.startswith("/") or ".." in parts or "\\" in path or ":" in path or "\0" in path:
+        raise InvalidModelFile(f"a file of the model is named {path!r}", hint="The artifact is not safe to unpack.")
+    return str(PurePosixPath(*parts))
+
+
+def canonical(data: Any) -> bytes:
+    """JSON in one fixed form, so that the same content has the same digest everywhere."""
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def digest_of(data: bytes) -> str:
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def manifest_json(
+    config: tuple[str, int], layers: Iterable[Layer], annotations: Mapping[str, str]
+) -> dict[str, Any]:
+    """The manifest of an artifact; `config` is the digest and size of the config blob."""
+    return {
+        "schemaVersion": 2,
+        "mediaType": MANIFEST,
+        "artifactType": ARTIFACT,
+        "config": {"mediaType": CONFIG, "digest": config[0], "size": config[1]},
+        "layers": [layer.to_json() for layer in layers],
+        "annotations": dict(sorted(annotations.items())),
+    }
+
+
+def parse_layers(manifest: Mapping[str, Any]) -> tuple[Layer, ...]:
+    """The layers of a manifest from outside, checked."""
+    layers = []
+    for item in manifest.get("layers") or []:
+        path = (item.get("annotations") or {}).get(FILEPATH)
+        if not path:
+            raise InvalidModelFile("a layer of the manifest has no file path", hint="It is not a ModelPack artifact.")
+        layers.append(Layer(safe_path(path), str(item["mediaType"]), str(item["digest"]), int(item["size"])))
+    return tuple(layers)

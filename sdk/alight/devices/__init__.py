@@ -1,0 +1,22 @@
+"""What a machine has to run a model with.
+
+`probe()` measures this machine; `profile("raspberry-pi-5-8gb")` describes a known board, each figure with
+its source; `resolve(name)` is either.
+"""
+
+from __future__ import annotations
+
+from alight.devices.boards import profile, profiles
+from alight.devices.device import ACCELERATOR_KINDS, Accelerator, Device
+from alight.devices.probe import probe
+
+__all__ = ["ACCELERATOR_KINDS", "Accelerator", "Device", "probe", "profile", "profiles", "resolve"]
+
+
+def resolve(name: str) -> Device:
+    """The device of that name: "this" or "here" measures this machine, any other is a profile's id.
+
+    Raises:
+        DeviceNotFound: there is no such profile.
+    """
+    return probe() if name in ("this", "here") else profile(name)

@@ -1,0 +1,84 @@
+"""Find targets and builders by entry point: ours and other people's register the same way.
+
+    [project.entry-points."alight.targets"]
+    my-board = "my_package:MyTarget"
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any
+
+from alight.errors import BadInput, TargetUnavailable, nearest
+
+if TYPE_CHECKING:
+    from alight.artifact import Artifact
+    from alight.target import Target
+
+TARGETS = "alight.targets"
+BUILDERS = "alight.builders"
+
+
+def targets() -> dict[str, Target]:
+    """All registered targets by name. One that does not import is left out of automatic choice, with a log line."""
+    return {name: found() for name, found in _load_all(TARGETS).items()}
+
+
+def target(name: str) -> Target:
+    """One target by name.
+
+    Raises:
+        BadInput: no such target is registered. TargetUnavailable: it is, but does not import.
+    """
+    found: Target = _load_one(TARGETS, name, "target")()
+    return found
+
+
+def choose_target(artifact: Artifact) -> Target:
+    """The first target here that reads the artifact's format, in the order they are registered.
+
+    Raises:
+        TargetUnavailable: none does; says what each one lacks.
+    """
+    reasons = []
+    for candidate in targets().values():
+        if artifact.format in candidate.formats and candidate.automatic:
+            state = candidate.probe()
+            if state.here:
+                return candidate
+            reasons.append(f"{candidate.name}: {state.reason}. {state.install}".strip())
+    why = "; ".join(reasons) or "no target reads this format"
+    raise TargetUnavailable(f"nothing here can load {artifact.name!r} ({artifact.format}): {why}")
+
+
+def builder(name: str) -> Any:
+    """The builder of an artifact format, from the converters."""
+    return _load_one(BUILDERS, name, "format")()
+
+
+def _entries(group: str) -> dict[str, EntryPoint]:
+    return {e.name: e for e in entry_points(group=group)}
+
+
+def _load_all(group: str) -> dict[str, Any]:
+    import logging
+
+    found = {}
+    for name, entry in _entries(group).items():
+        try:
+            found[name] = entry.load()
+        except ImportError as error:
+            logging.getLogger(__name__).warning("plugin %s (%s) does not import: %s", name, entry.value, error)
+    return found
+
+
+def _load_one(group: str, name: str, what: str) -> Any:
+    entries = _entries(group)
+    if name not in entries:
+        near = nearest(name, entries)
+        hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(sorted(entries)) or 'none'}."
+        raise BadInput(f"unknown {what} {name!r}", hint=hint)
+    try:
+        return entries[name].load()
+    except ImportError as error:
+        raise TargetUnavailable(f"{what} {name!r} does not import: {error}") from error

@@ -1,0 +1,222 @@
+"""The bridge from a model's blocking generator to the event loop.
+
+Each answer runs in a thread of its own and hands its chunks over through a bounded queue. When the client
+goes away the thread closes the generator, at the latest after the token it is working on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Generator
+from contextlib import closing
+from types import TracebackType
+from typing import TypeAlias
+
+from fastapi import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from alight.errors import AlightError, EngineError
+from alight.server.failures import ClientGone, Failure, Refused
+from alight.server.models import Models
+from alight.target import Chunk, Completion, Model
+
+log = logging.getLogger(__name__)
+
+Begin: TypeAlias = Callable[[Model], Generator[Chunk]]
+
+MAX_ANSWERS = 64  # running or waiting in the engine's queue at the same time; one more is refused
+_AHEAD = 32  # chunks a model may be ahead of a client that reads slowly
+_PATIENCE = 5.0  # seconds to wait at shutdown for models to finish the token they are working on
+
+
+class Answers:
+    """The answers in progress."""
+
+    def __init__(self, models: Models) -> None:
+        self.models = models
+        self._running: set[Answer] = set()
+        self._stopped = False
+
+    async def start(self, request: Request, name: str, begin: Begin, *, unload: bool = False) -> Answer:
+        """Load the model, begin an answer and wait for its first chunk.
+
+        So an error before the first token is raised here, while the response can still have its status.
+        Use the answer in a `with` block.
+
+        Args:
+            begin: gives the chunks of the answer; runs in the answer's thread.
+            unload: unload the model afterwards.
+        """
+        if self._stopped:
+            raise _stopping()
+        if len(self._running) >= MAX_ANSWERS:
+            raise Refused(503, f"{MAX_ANSWERS} answers are in progress", hint="Try again later.", code="busy")
+        answer = Answer(self.models, name, begin, unload, self._running.discard)
+        self._running.add(answer)
+        answer.run(request)
+        try:
+            await answer.wait_for_first()
+        except BaseException:
+            answer.cancel(ClientGone())
+            raise
+        return answer
+
+    def stop(self) -> None:
+        """Cancel what runs, refuse what comes."""
+        self._stopped = True
+        for answer in [*self._running]:
+            answer.cancel(_stopping())
+
+    async def close(self) -> None:
+        """Stop, and wait a few seconds for the threads to end."""
+        self.stop()
+        deadline = time.monotonic() + _PATIENCE
+        while self._running and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        if self._running:
+            log.warning("%d answers are still busy in their engine", len(self._running))
+
+
+class Answer:
+    """One answer: an asynchronous iterator of chunks, produced by a thread."""
+
+    def __init__(
+        self, models: Models, name: str, begin: Begin, unload: bool, on_end: Callable[[Answer], None]
+    ) -> None:
+        self.started = time.monotonic()
+        self.load_seconds = 0.0  # what the answer waited for its model
+        self._models = models
+        self._name = name
+        self._begin = begin
+        self._unload = unload
+        self._on_end = on_end
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[Chunk | Exception | None] = asyncio.Queue()  # None: the end
+        self._room = threading.Semaphore(_AHEAD)  # bounds the queue; a thread can wait for it
+        self._cancelled = threading.Event()
+        self._first: Chunk | None = None
+        self._watch: asyncio.Task[None] | None = None
+
+    def run(self, request: Request) -> None:
+        self._watch = asyncio.create_task(self._cancel_when_gone(request))
+        threading.Thread(target=self._produce, name="alight-answer", daemon=True).start()
+
+    async def wait_for_first(self) -> None:
+        self._first = await self._next()
+
+    async def collect(self) -> Completion:
+        """The whole answer."""
+        return Completion.of([chunk async for chunk in self])
+
+    async def __aiter__(self) -> AsyncIterator[Chunk]:
+        chunk = self._first
+        while chunk is not None:
+            yield chunk
+            chunk = await self._next()
+
+    def cancel(self, reason: Exception) -> None:
+        """End the answer; whoever reads it gets `reason`. After its end this does nothing."""
+        self._cancelled.set()
+        self._room.release()  # the thread may be waiting for room
+        self._queue.put_nowait(reason)
+        if self._watch:
+            self._watch.cancel()
+
+    def __enter__(self) -> Answer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cancel(ClientGone())
+
+    # -- on the event loop -----------------------------------------------------------------------
+
+    async def _next(self) -> Chunk | None:
+        item = await self._queue.get()
+        self._room.release()
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    async def _cancel_when_gone(self, request: Request) -> None:
+        # The body has been read, so the only message that can come is that the client hung up.
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        self.cancel(ClientGone())
+
+    # -- in the thread ---------------------------------------------------------------------------
+
+    def _produce(self) -> None:
+        end: Exception | None = None
+        try:
+            with self._models.use(self._name) as model:
+                self.load_seconds = time.monotonic() - self.started
+                if not self._cancelled.is_set():
+                    self._hand_over(model)
+            if self._unload:
+                self._models.unload(self._name)
+        except AlightError as error:
+            end = error
+        except Exception as error:
+            log.exception("the engine of %s failed", self._name)
+            end = EngineError(f"the engine failed: {type(error).__name__}: {error}")
+        self._call(self._queue.put_nowait, end)
+        self._call(self._on_end, self)
+
+    def _hand_over(self, model: Model) -> None:
+        with closing(self._begin(model)) as chunks:
+            for chunk in chunks:
+                self._room.acquire()
+                if self._cancelled.is_set():
+                    return
+                self._call(self._queue.put_nowait, chunk)
+
+    def _call(self, function: Callable[..., None], argument: object) -> None:
+        try:
+            self._loop.call_soon_threadsafe(function, argument)
+        except RuntimeError:  # the event loop has ended, and with it everyone who could read this
+            self._cancelled.set()
+
+
+class StreamedAnswer(Response):
+    """A response that is written while the answer comes.
+
+    Args:
+        lines: the body, made from the answer's chunks.
+        failed: the last line, for an error in the middle: the status has been sent by then.
+    """
+
+    def __init__(
+        self, answer: Answer, lines: AsyncIterator[bytes], failed: Callable[[Failure], bytes], media_type: str
+    ) -> None:
+        self.answer = answer
+        self.lines = lines
+        self.failed = failed
+        self.media_type = media_type
+        self.status_code = 200
+        self.background = None
+        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+        with self.answer:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            try:
+                async for line in self.lines:
+                    await send({"type": "http.response.body", "body": line, "more_body": True})
+            except ClientGone:
+                return
+            except AlightError as error:
+                log.warning("an answer broke off: %s", error.message)
+                await send(
+                    {"type": "http.response.body", "body": self.failed(Failure.of(error)), "more_body": True}
+                )
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _stopping() -> Refused:
+    return Refused(503, "the server is shutting down", code="shutting_down")

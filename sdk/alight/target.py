@@ -1,0 +1,284 @@
+"""The contract between alight and a runtime: Target, Model, Sampling, Chunk.
+
+A target is a runtime for one kind of device. It says whether it is here (`probe`), which artifact
+formats it reads, and turns an artifact into a `Model`. A `Model` has the same interface whatever runs
+it; `alight.testing.check_target` is the conformance suite.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
+
+from alight.chat import ChatTemplate, Message
+from alight.errors import BadInput, Unsupported
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from alight.artifact import Artifact
+
+    FloatArray: TypeAlias = NDArray[np.float32]
+
+FinishReason: TypeAlias = Literal["stop", "length"]
+KV_TYPES = ("f16", "q8_0", "q4_0")
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen. `temperature=0` is greedy and needs no seed."""
+
+    max_tokens: int | None = None  # None: until the model stops or the context is full
+    temperature: float = 0.8
+    top_k: int = 40  # 0: off
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repeat_penalty: float = 1.0
+    repeat_last_n: int = 64
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None  # None: another one each time
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        def need(ok: bool, name: str, want: str) -> None:
+            if not ok:
+                raise BadInput(f"{name} is {getattr(self, name)!r}", hint=f"It must be {want}.")
+
+        need(self.max_tokens is None or self.max_tokens >= 0, "max_tokens", "0 or more")
+        need(0 <= self.temperature <= 100, "temperature", "between 0 and 100")
+        need(self.top_k >= 0, "top_k", "0 (off) or more")
+        need(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
+        need(0 <= self.min_p <= 1, "min_p", "between 0 and 1")
+        need(self.repeat_penalty > 0, "repeat_penalty", "above 0 (1 is off)")
+        need(self.repeat_last_n >= -1, "repeat_last_n", "-1 (whole context), 0 (off) or more")
+        need(all(self.stop), "stop", "strings that are not empty")
+
+    @classmethod
+    def of(cls, **options: Any) -> Sampling:
+        """A Sampling from keyword options; an unknown one is an error that names the known ones."""
+        known = [f.name for f in fields(cls)]
+        for name in options:
+            if name not in known:
+                raise BadInput(f"unknown sampling option {name!r}", hint=f"Known: {', '.join(known)}.")
+        stop = options.get("stop", ())
+        options["stop"] = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        return cls(**options)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How a model is loaded.
+
+    `context` is in tokens; None takes the trained length, shrunk to what fits. `threads` None takes the
+    number of physical cores.
+    """
+
+    context: int | None = None
+    threads: int | None = None
+    kv_type: str = "f16"
+    flash_attention: bool = True
+    mmap: bool = True  # map the weights from the file: faster to load, and the system can drop pages
+
+    def __post_init__(self) -> None:
+        if self.context is not None and self.context < 8:
+            raise BadInput(f"context is {self.context}", hint="It must be 8 tokens or more.")
+        if self.threads is not None and self.threads < 1:
+            raise BadInput(f"threads is {self.threads}", hint="It must be 1 or more.")
+        if self.kv_type not in KV_TYPES:
+            raise BadInput(f"kv_type is {self.kv_type!r}", hint=f"It must be one of {', '.join(KV_TYPES)}.")
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What an answer took. Times are wall-clock seconds."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    prompt_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decode speed: the first token belongs to the prompt's time."""
+        later = self.completion_tokens - 1
+        return later / self.decode_seconds if later > 0 and self.decode_seconds > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of an answer. The last one has a `finish_reason` and the `usage`."""
+
+    text: str = ""
+    tokens: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole answer. `str(completion)` is its text."""
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason
+    usage: Usage
+
+    def __str__(self) -> str:
+        return self.text
+
+    @classmethod
+    def of(cls, chunks: Iterable[Chunk]) -> Completion:
+        """Collect a stream of chunks."""
+        text: list[str] = []
+        tokens: list[int] = []
+        last = Chunk(finish_reason="stop", usage=Usage())
+        for last in chunks:
+            text.append(last.text)
+            tokens.extend(last.tokens)
+        return cls("".join(text), tuple(tokens), last.finish_reason or "stop", last.usage or Usage())
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Teacher-forced log-probabilities (natural log) of a token sequence of length n.
+
+    `logprobs[i]` is log p(tokens[i+1] | tokens[:i+1]), shape (n-1,). `distribution[i]` is the whole
+    log-softmax at that place, shape (n-1, vocabulary), where it was asked for.
+    """
+
+    tokens: tuple[int, ...]
+    logprobs: FloatArray
+    distribution: FloatArray | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a loaded model is."""
+
+    name: str
+    architecture: str
+    context: int  # tokens this instance holds
+    vocabulary: int
+    parameters: int
+    target: str
+    trained_context: int = 0
+    details: Mapping[str, Any] = field(default_factory=dict)  # what the target wants to tell, for people
+
+
+class Model(ABC):
+    """A loaded model. Thread-safe; close it or use it in a `with` block.
+
+    A target implements `generate`, `score`, `tokenize`, `detokenize` and `close`, and sets `info` and
+    `template`; the rest stands on those.
+    """
+
+    info: ModelInfo
+    template: ChatTemplate
+
+    @abstractmethod
+    def generate(self, prompt: str | Sequence[int], sampling: Sampling | None = None) -> Generator[Chunk]:
+        """Continue a prompt, as a stream.
+
+        A text prompt gets the model's own beginning-of-sequence token; a sequence of token ids is taken
+        as it is. Closing the iterator cancels. Concatenated `text` is always whole characters.
+
+        Raises:
+            ContextExceeded: the prompt does not fit.
+            BadInput: the prompt is empty or holds ids outside the vocabulary.
+        """
+
+    @abstractmethod
+    def score(self, tokens: Sequence[int], *, distribution: bool = False) -> Scores:
+        """Log-probabilities of the given tokens, each from those before it (see Scores).
+
+        Raises:
+            BadInput: fewer than two tokens. ContextExceeded: more than the context holds.
+        """
+
+    @abstractmethod
+    def tokenize(self, text: str, *, bos: bool = False, special: bool = False) -> list[int]:
+        """Token ids of a text. `bos` adds the beginning token where the model wants one; `special` reads
+        control tokens such as <|im_start|> in the text as such (never for text from outside)."""
+
+    @abstractmethod
+    def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> bytes:
+        """The bytes of the tokens; they need not end on a character. `special` shows control tokens."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free the model. Safe to call twice; any other call after it is an EngineError."""
+
+    def embed(self, texts: Sequence[str]) -> FloatArray:
+        """Unit-length embeddings, shape (len(texts), width), where the target can."""
+        raise Unsupported(f"target {self.info.target!r} does not embed", hint="Use the cpu target.")
+
+    def complete(self, prompt: str | Sequence[int], **options: Any) -> Completion:
+        """Continue a prompt and return the whole answer. Options are those of Sampling."""
+        return Completion.of(self.generate(prompt, Sampling.of(**options)))
+
+    @overload
+    def chat(self, messages: Sequence[Message], *, stream: Literal[False] = False, **options: Any) -> Completion: ...
+    @overload
+    def chat(self, messages: Sequence[Message], *, stream: Literal[True], **options: Any) -> Generator[Chunk]: ...
+    def chat(
+        self, messages: Sequence[Message], *, stream: bool = False, **options: Any
+    ) -> Completion | Generator[Chunk]:
+        """Answer a conversation, given as OpenAI-style messages (`{"role": …, "content": …}`).
+
+        The model's own chat template turns it into a prompt. Text in the messages never becomes a control
+        token. Options are those of Sampling.
+        """
+        chunks = self.generate(self.chat_tokens(messages), Sampling.of(**options))
+        return chunks if stream else Completion.of(chunks)
+
+    def chat_tokens(self, messages: Sequence[Message]) -> list[int]:
+        """The token ids that `chat` feeds the model."""
+        pieces = self.template.render(messages)
+        bos = self.template.bos
+        tokens = self.tokenize(pieces[0], bos=not (bos and pieces[0].startswith(bos)), special=True)
+        for piece in pieces[1:]:
+            tokens += self.tokenize(piece, special=True)
+        return tokens
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Availability:
+    """Whether a target is here; if not, why, and the exact command that would bring it."""
+
+    here: bool
+    reason: str
+    install: str = ""
+
+
+class Target(ABC):
+    """A runtime for one kind of device, found by the entry point group `alight.targets`."""
+
+    name: str
+    formats: frozenset[str]
+    automatic = True  # False: only used when asked for by name
+
+    @abstractmethod
+    def probe(self) -> Availability:
+        """Is the runtime here? Cheap, and never raises."""
+
+    @abstractmethod
+    def load(self, artifact: Artifact, options: LoadOptions) -> Model:
+        """Load an artifact.
+
+        Raises:
+            TargetUnavailable, InvalidModelFile, DoesNotFit, EngineError.
+        """

@@ -1,0 +1,1 @@
+"""Runtimes for alight. Each target is found by entry point; none imports another."""

@@ -1,0 +1,41 @@
+"""llama.cpp targets: GGUF artifacts on the processor of this machine."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import psutil
+
+from alight.artifact import Artifact
+from alight.errors import BadInput
+from alight.planner import fit_context, shape_of_gguf
+from alight.target import Availability, LoadOptions, Model, Target
+
+
+class CpuTarget(Target):
+    """llama.cpp on the CPU, x86-64 or Arm."""
+
+    name = "cpu"
+    formats = frozenset({"gguf"})
+
+    def probe(self) -> Availability:
+        if importlib.util.find_spec("llama_cpp") is None:
+            return Availability(False, "llama-cpp-python is not installed", "pip install llama-cpp-python==0.3.36")
+        return Availability(True, "llama-cpp-python is installed")
+
+    def load(self, artifact: Artifact, options: LoadOptions) -> Model:
+        from alight_targets.llama_cpp.model import LlamaCppModel
+
+        shape = shape_of_gguf([artifact.header()])
+        wanted = options.context
+        if wanted and shape.trained_context and wanted > shape.trained_context:
+            raise BadInput(
+                f"context {wanted} is longer than the {shape.trained_context} tokens {artifact.name!r} was trained for",
+                hint=f"Use --context {shape.trained_context} or less.",
+            )
+        context = fit_context(shape, wanted, psutil.virtual_memory().available, kv_type=options.kv_type)
+        threads = options.threads or psutil.cpu_count(logical=False) or 1
+        return LlamaCppModel(artifact, options, context=context, threads=threads, target=self.name)
+
+
+__all__ = ["CpuTarget"]
