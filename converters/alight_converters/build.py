@@ -147,7 +147,9 @@ def _measure(
         )
 
 
-def _measure_source(request: BuildRequest, reference: evaluate.Reference, progress: Progress | None) -> Candidate:
+def _measure_source(
+    request: BuildRequest, reference: evaluate.Reference, progress: Progress | None
+) -> Candidate:
     shape = planner.shape_of_gguf([_header(request.source)])
     name = request.source.description.quantization
     prediction = planner.predict(shape, request.device, quantization=name, context=request.context)
@@ -166,7 +168,9 @@ def _header(source: Artifact) -> GGUFHeader:
             hint="Converting checkpoints is not in this version yet: give a GGUF file.",
         )
     if len(source.weights) > 1:
-        raise Unsupported(f"{source.name!r} is split into {len(source.weights)} files", hint="Merge them first.")
+        raise Unsupported(
+            f"{source.name!r} is split into {len(source.weights)} files", hint="Merge them first."
+        )
     return source.header()
 
 
@@ -175,7 +179,11 @@ def _report(
 ) -> dict[str, object]:
     return {
         "alight": alight.__version__,
-        "source": {"name": request.source.name, "digest": request.source.digest, "lineage": request.source.lineage},
+        "source": {
+            "name": request.source.name,
+            "digest": request.source.digest,
+            "lineage": request.source.lineage,
+        },
         "device": request.device.to_json(),
         "measured_on": platform.processor() or platform.machine(),
         "quality_measured_on": note,

@@ -53,7 +53,7 @@ def resolve(name: str, *, store: Store | None = None, progress: Progress | None 
     if path.suffix == ".gguf" and path.is_file() and "-of-" not in path.stem:
         return Artifact.loose(path)
     if sources.is_source(name):
-        known = next((a for a in store.list() if a.annotations.get(ASKED) == name), None)
+        known = next((a for a in store.artifacts() if a.annotations.get(ASKED) == name), None)
         return known or pull(name, store=store, progress=progress)
     return store.get(name)  # raises, with the nearest names
 
@@ -100,7 +100,11 @@ def describe(files: dict[str, Path], format: str, *, licence: str = "", title: s
 
     shape = shape_of_checkpoint(files)
     return Description(
-        format=format, architecture=shape.architecture, parameters=shape.parameters, licence=licence, title=title
+        format=format,
+        architecture=shape.architecture,
+        parameters=shape.parameters,
+        licence=licence,
+        title=title,
     )
 
 
@@ -124,7 +128,9 @@ def build(
     Raises:
         DoesNotFit, BadInput: no form keeps the limits; says which one binds and by how much.
     """
-    builder, request = prepare_build(source, device=device, name=name, format=format, progress=progress, **limits)
+    builder, request = prepare_build(
+        source, device=device, name=name, format=format, progress=progress, **limits
+    )
     return builder.build(request, progress)
 
 

@@ -64,7 +64,11 @@ class Description:
     title: str = ""
 
     def to_json(self, diff_ids: Iterable[str]) -> dict[str, Any]:
-        descriptor = {"name": self.title, "family": self.family, "licenses": [self.licence] if self.licence else []}
+        descriptor = {
+            "name": self.title,
+            "family": self.family,
+            "licenses": [self.licence] if self.licence else [],
+        }
         config = {
             "architecture": self.architecture,
             "format": self.format,
@@ -179,7 +183,9 @@ def safe_path(path: str) -> str:
     """A path inside a model, checked: it comes from outside and must not leave the model's folder."""
     parts = PurePosixPath(path).parts
     if not parts or path.startswith("/") or ".." in parts or "\\" in path or ":" in path or "\0" in path:
-        raise InvalidModelFile(f"a file of the model is named {path!r}", hint="The artifact is not safe to unpack.")
+        raise InvalidModelFile(
+            f"a file of the model is named {path!r}", hint="The artifact is not safe to unpack."
+        )
     return str(PurePosixPath(*parts))
 
 
@@ -212,6 +218,8 @@ def parse_layers(manifest: Mapping[str, Any]) -> tuple[Layer, ...]:
     for item in manifest.get("layers") or []:
         path = (item.get("annotations") or {}).get(FILEPATH)
         if not path:
-            raise InvalidModelFile("a layer of the manifest has no file path", hint="It is not a ModelPack artifact.")
+            raise InvalidModelFile(
+                "a layer of the manifest has no file path", hint="It is not a ModelPack artifact."
+            )
         layers.append(Layer(safe_path(path), str(item["mediaType"]), str(item["digest"]), int(item["size"])))
     return tuple(layers)

@@ -35,7 +35,9 @@ class ChatTemplate:
         control_tokens: the texts of all control tokens, such as "<|im_start|>".
     """
 
-    def __init__(self, source: str, *, bos: str = "", eos: str = "", control_tokens: Iterable[str] = ()) -> None:
+    def __init__(
+        self, source: str, *, bos: str = "", eos: str = "", control_tokens: Iterable[str] = ()
+    ) -> None:
         self.source = source
         self.bos = bos
         self.eos = eos
@@ -95,7 +97,8 @@ class ChatTemplate:
             raise BadInput(f"messages[{index}] is {type(message).__name__}", hint="It must be an object.")
         if message.get("role") not in ROLES:
             raise BadInput(
-                f"messages[{index}].role is {message.get('role')!r}", hint=f"It must be one of {', '.join(ROLES)}."
+                f"messages[{index}].role is {message.get('role')!r}",
+                hint=f"It must be one of {', '.join(ROLES)}.",
             )
         content = message.get("content")
         if isinstance(content, Sequence) and not isinstance(content, str):
@@ -109,7 +112,9 @@ class ChatTemplate:
         if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
             return str(part["text"])
         kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-        raise Unsupported(f"messages[{index}].content has a part of type {kind!r}", hint="Only text parts work here.")
+        raise Unsupported(
+            f"messages[{index}].content has a part of type {kind!r}", hint="Only text parts work here."
+        )
 
     def _disarm(self, value: Any) -> Any:
         """The same message, with every control token in its text cut by `_BREAK`."""

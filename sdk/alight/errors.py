@@ -149,7 +149,8 @@ class DoesNotFit(AlightError):
     def __init__(self, what: str, needed: int, available: int, hint: str = "") -> None:
         super().__init__(
             f"{what} needs about {needed / 1e6:,.0f} MB but {available / 1e6:,.0f} MB are free",
-            hint=hint or "Use a smaller context, a smaller artifact (`alight build … --for …`), or free memory.",
+            hint=hint
+            or "Use a smaller context, a smaller artifact (`alight build … --for …`), or free memory.",
         )
         self.needed = needed
         self.available = available

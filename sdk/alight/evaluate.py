@@ -67,14 +67,18 @@ class Reference:
     distributions: tuple[NDArray[np.float16], ...]
 
     @classmethod
-    def of(cls, source: Model, windows: Sequence[Sequence[int]], progress: Progress | None = None) -> Reference:
+    def of(
+        cls, source: Model, windows: Sequence[Sequence[int]], progress: Progress | None = None
+    ) -> Reference:
         import numpy as np
 
         kept = []
         for i, window in enumerate(windows):
             scores = source.score(window, distribution=True)
             if scores.distribution is None:
-                raise BadInput(f"target {source.info.target!r} gives no distributions", hint="Use the cpu target.")
+                raise BadInput(
+                    f"target {source.info.target!r} gives no distributions", hint="Use the cpu target."
+                )
             kept.append(scores.distribution[_half(window) :].astype(np.float16))
             if progress:
                 progress("source", i + 1, len(windows))
@@ -92,18 +96,39 @@ def windows_of(model: Model, text: str, tokens: int, *, window: int = WINDOW) ->
     cut = [ids[i : i + window] for i in range(0, len(ids), window)]
     cut = [w for w in cut if len(w) >= min(window, 32)]
     if not cut:
-        raise BadInput(f"the text gives {len(ids)} tokens", hint="At least 32 are needed to measure anything.")
+        raise BadInput(
+            f"the text gives {len(ids)} tokens", hint="At least 32 are needed to measure anything."
+        )
     return cut
 
 
-def sample_text(source: Model, tokens: int, *, seed: int = 0, progress: Progress | None = None) -> list[list[int]]:
+def sample_text(
+    source: Model, tokens: int, *, seed: int = 0, progress: Progress | None = None
+) -> list[list[int]]:
     """Windows of text that the source model writes itself: nothing to download, and in its own distribution.
 
     Seeded: the same model and seed give the same text on the same machine.
     """
     window = min(WINDOW, source.info.context)
     count = max(1, tokens // window)
-    starts = ("The", "In", "A", "How", "When", "def", "1.", "She", "To", "What", "Once", "Our", "Why", "It", "On", "If")
+    starts = (
+        "The",
+        "In",
+        "A",
+        "How",
+        "When",
+        "def",
+        "1.",
+        "She",
+        "To",
+        "What",
+        "Once",
+        "Our",
+        "Why",
+        "It",
+        "On",
+        "If",
+    )
     windows = []
     for i in range(count):
         prompt = source.tokenize(starts[i % len(starts)], bos=True)

@@ -178,7 +178,9 @@ class _Reader:
         self.at = 4
         version = self.number("I")
         if version not in (2, 3):
-            raise InvalidModelFile(f"{self.name} is GGUF version {version}", hint="alight reads versions 2 and 3.")
+            raise InvalidModelFile(
+                f"{self.name} is GGUF version {version}", hint="alight reads versions 2 and 3."
+            )
         tensors, keys = self.number("Q"), self.number("Q")
         if tensors > _MAX_ENTRIES or keys > _MAX_ENTRIES:
             raise self.lie(f"claims {tensors} tensors and {keys} keys")
@@ -250,7 +252,8 @@ class _Reader:
     def take(self, size: int) -> bytes:
         if size > len(self.data) - self.at:
             raise InvalidModelFile(
-                f"{self.name} is truncated: {size} bytes are announced at byte {self.at} of {len(self.data)}", hint=_AGAIN
+                f"{self.name} is truncated: {size} bytes are announced at byte {self.at} of {len(self.data)}",
+                hint=_AGAIN,
             )
         piece = self.data[self.at : self.at + size]
         self.at += size

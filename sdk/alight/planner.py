@@ -23,8 +23,8 @@ SMALLEST_CONTEXT = 512
 RESERVE = 0.08  # share of the free memory that is left to the system
 
 # What the process itself takes: Python, NumPy and llama.cpp, and the vocabulary's tables per token.
-# Measured with benchmarks/memory.py.
-RUNTIME_BYTES = 48_000_000
+# Measured with benchmarks/planner.py.
+RUNTIME_BYTES = 61_000_000
 VOCABULARY_BYTES = 330
 
 KV_BYTES = {"f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
@@ -113,7 +113,9 @@ def shape_of_gguf(headers: Sequence[GGUFHeader]) -> Shape:
     """
     head = headers[0]
     tensors = tuple(
-        Matrix(t.name, t.shape[0], t.count // t.shape[0], t.type) for header in headers for t in header.tensors
+        Matrix(t.name, t.shape[0], t.count // t.shape[0], t.type)
+        for header in headers
+        for t in header.tensors
     )
     names = {t.name for t in tensors}
 
@@ -123,7 +125,8 @@ def shape_of_gguf(headers: Sequence[GGUFHeader]) -> Shape:
             value = max(value)
         if not isinstance(value, int) or value < 0:
             raise InvalidModelFile(
-                f"the GGUF says {head.architecture}.{key} = {value!r}", hint="It must be a number: fetch it again."
+                f"the GGUF says {head.architecture}.{key} = {value!r}",
+                hint="It must be a number: fetch it again.",
             )
         return value
 
@@ -188,13 +191,17 @@ def _safetensors(file: Path) -> Iterable[Matrix]:
     with file.open("rb") as data:
         length = int.from_bytes(data.read(8), "little")
         if not 2 <= length <= min(size - 8, 100_000_000):
-            raise InvalidModelFile(f"{file.name} is not a safetensors file, or is truncated", hint="Fetch it again.")
+            raise InvalidModelFile(
+                f"{file.name} is not a safetensors file, or is truncated", hint="Fetch it again."
+            )
         header: dict[str, Any] = json.loads(data.read(length))
     for name, info in header.items():
         if name == "__metadata__":
             continue
         if info["data_offsets"][1] > size - 8 - length:
-            raise InvalidModelFile(f"{file.name} is truncated: {name} ends after the file does", hint="Fetch it again.")
+            raise InvalidModelFile(
+                f"{file.name} is truncated: {name} ends after the file does", hint="Fetch it again."
+            )
         *rest, columns = info["shape"] or [1]
         rows = 1
         for n in rest:
@@ -230,15 +237,15 @@ QUANT_TYPES: dict[str, QuantType] = {
     "Q4_K_S": QuantType("Q4_K", "Q6_K", "Q5_K", 0.125),
     "Q4_1": QuantType("Q4_1", "Q6_K"),
     "Q4_0": QuantType("Q4_0", "Q6_K"),
-    "Q3_K_M": QuantType("Q3_K", "Q6_K", "Q4_K", 0.6),
-    "Q2_K": QuantType("Q2_K", "Q6_K", "Q3_K", 0.6),
+    "Q3_K_M": QuantType("Q3_K", "Q6_K", "Q4_K", 1.0),
+    "Q2_K": QuantType("Q2_K", "Q6_K", "Q3_K", 1.0),
 }
 
 # Tried for a build unless the user names types: the ones that are best at their size or speed.
 WORTH_TRYING = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0")
 
 # What llama.cpp takes instead when a row is no multiple of 256 numbers.
-_FALLBACK = {"Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0", "Q3_K": "IQ4_NL", "Q2_K": "IQ4_NL"}
+_FALLBACK = {"Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0", "Q3_K": "Q4_0", "Q2_K": "Q4_0"}
 
 
 def quant_type(name: str) -> str:
@@ -313,7 +320,7 @@ def fit_context(shape: Shape, wanted: int | None, available: int, *, kv_type: st
 # -- speed -------------------------------------------------------------------------------------------
 
 # Arithmetic speed of llama.cpp's kernels by weight type, against its Q8_0 kernel: (prefill, decode).
-# Measured with benchmarks/kernels.py on x86-64; types not listed are taken as the slowest.
+# Measured with benchmarks/planner.py on x86-64; types not listed are taken as the slowest.
 _KERNELS = {
     "Q8_0": (1.0, 1.0),
     "Q4_0": (1.2, 1.2),
@@ -331,11 +338,18 @@ _DECODE_SHARE = 0.25
 
 
 def predict(
-    shape: Shape, device: Device, *, quantization: str = "", context: int = DEFAULT_CONTEXT, kv_type: str = "f16"
+    shape: Shape,
+    device: Device,
+    *,
+    quantization: str = "",
+    context: int = DEFAULT_CONTEXT,
+    kv_type: str = "f16",
 ) -> Prediction:
     """Memory and single-stream speed of a model (already in its quantized shape) on a device."""
     matmuls = [t for t in shape.tensors if t.rows > 1 and (shape.tied or "token_embd" not in t.name)]
-    prefill = sum(2 * t.count / (device.int8_ops * _kernel(t)[0]) for t in matmuls if not _is_output(t, shape))
+    prefill = sum(
+        2 * t.count / (device.int8_ops * _kernel(t)[0]) for t in matmuls if not _is_output(t, shape)
+    )
     arithmetic = sum(2 * t.count / (device.int8_ops * _DECODE_SHARE * _kernel(t)[1]) for t in matmuls)
     needed = memory(shape, context=context, kv_type=kv_type)
     reading = (sum(t.nbytes for t in matmuls) + needed.kv * 0.25) / device.bandwidth  # caches are rarely full

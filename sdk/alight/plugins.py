@@ -1,7 +1,7 @@
 """Find targets and builders by entry point: ours and other people's register the same way.
 
-    [project.entry-points."alight.targets"]
-    my-board = "my_package:MyTarget"
+[project.entry-points."alight.targets"]
+my-board = "my_package:MyTarget"
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ def _load_all(group: str) -> dict[str, Any]:
         try:
             found[name] = entry.load()
         except ImportError as error:
-            logging.getLogger(__name__).warning("plugin %s (%s) does not import: %s", name, entry.value, error)
+            logging.getLogger(__name__).warning(
+                "plugin %s (%s) does not import: %s", name, entry.value, error
+            )
     return found
 
 
@@ -76,7 +78,11 @@ def _load_one(group: str, name: str, what: str) -> Any:
     entries = _entries(group)
     if name not in entries:
         near = nearest(name, entries)
-        hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(sorted(entries)) or 'none'}."
+        hint = (
+            f"Did you mean {' or '.join(near)}?"
+            if near
+            else f"Known: {', '.join(sorted(entries)) or 'none'}."
+        )
         raise BadInput(f"unknown {what} {name!r}", hint=hint)
     try:
         return entries[name].load()

@@ -95,7 +95,7 @@ class Store:
         """The full names of all models, sorted."""
         return sorted(self._refs())
 
-    def list(self) -> list[Artifact]:
+    def artifacts(self) -> list[Artifact]:
         """All models that can be read, by name. A damaged one is logged and left out."""
         found = []
         for name in self.names():
@@ -203,7 +203,9 @@ class Store:
                 if not path.exists():
                     problems.append(Problem(full, layer.path, "missing"))
                 elif path.stat().st_size != layer.size:
-                    problems.append(Problem(full, layer.path, f"{path.stat().st_size} bytes, not {layer.size}"))
+                    problems.append(
+                        Problem(full, layer.path, f"{path.stat().st_size} bytes, not {layer.size}")
+                    )
                 elif hash_file(path) != layer.digest:
                     problems.append(Problem(full, layer.path, "content differs from its digest"))
         return problems
@@ -248,7 +250,9 @@ class Store:
         return index
 
     def _damaged_index(self, why: object) -> StoreError:
-        return StoreError(f"{self._index} is damaged: {why}", hint="Restore it from a backup, or move the folder away.")
+        return StoreError(
+            f"{self._index} is damaged: {why}", hint="Restore it from a backup, or move the folder away."
+        )
 
     def _read(self, name: str, digest: str) -> Artifact:
         try:
@@ -267,7 +271,8 @@ class Store:
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StoreError(
-                f"model {name!r} in the store is damaged: {error}", hint=f"`alight rm {name}` and pull it again."
+                f"model {name!r} in the store is damaged: {error}",
+                hint=f"`alight rm {name}` and pull it again.",
             ) from error
 
     @contextmanager
@@ -304,7 +309,8 @@ class Store:
                     _sync(out)
             if promised and digest != promised:
                 raise DigestMismatch(
-                    f"{path} has digest {digest}, but {promised} was promised", hint="Fetch it again; nothing was added."
+                    f"{path} has digest {digest}, but {promised} was promised",
+                    hint="Fetch it again; nothing was added.",
                 )
             blob = self.blob(digest)
             if move and not blob.exists():

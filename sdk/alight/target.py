@@ -223,9 +223,13 @@ class Model(ABC):
         return Completion.of(self.generate(prompt, Sampling.of(**options)))
 
     @overload
-    def chat(self, messages: Sequence[Message], *, stream: Literal[False] = False, **options: Any) -> Completion: ...
+    def chat(
+        self, messages: Sequence[Message], *, stream: Literal[False] = False, **options: Any
+    ) -> Completion: ...
     @overload
-    def chat(self, messages: Sequence[Message], *, stream: Literal[True], **options: Any) -> Generator[Chunk]: ...
+    def chat(
+        self, messages: Sequence[Message], *, stream: Literal[True], **options: Any
+    ) -> Generator[Chunk]: ...
     def chat(
         self, messages: Sequence[Message], *, stream: bool = False, **options: Any
     ) -> Completion | Generator[Chunk]:

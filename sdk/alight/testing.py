@@ -1,7 +1,7 @@
 """The conformance suite of a target, and the smallest target that passes it.
 
-    from alight.testing import check_target
-    check_target(MyTarget(), artifact)      # raises AssertionError naming the broken promise
+from alight.testing import check_target
+check_target(MyTarget(), artifact)      # raises AssertionError naming the broken promise
 """
 
 from __future__ import annotations
@@ -140,7 +140,10 @@ def check_target(target: Target, artifact: Artifact, options: LoadOptions | None
     finally:
         model.close()
     model.close()
-    _promise(_raises(EngineError, lambda: model.tokenize("x")), "a closed model raises EngineError, and closes twice")
+    _promise(
+        _raises(EngineError, lambda: model.tokenize("x")),
+        "a closed model raises EngineError, and closes twice",
+    )
 
 
 def _check_info(model: Model) -> None:
@@ -150,11 +153,19 @@ def _check_info(model: Model) -> None:
 
 
 def _check_tokens(model: Model) -> None:
-    for text in ("hello world", "  two  spaces\n\ttab", "你好，世界", "émoji 👩‍🚀 ok", "x = {'a': [1, 2]}  # code"):
+    for text in (
+        "hello world",
+        "  two  spaces\n\ttab",
+        "你好，世界",
+        "émoji 👩‍🚀 ok",
+        "x = {'a': [1, 2]}  # code",
+    ):
         ids = model.tokenize(text)
         _promise(all(0 <= i < model.info.vocabulary for i in ids), "token ids are inside the vocabulary")
         back = model.detokenize(ids).decode()
-        _promise(back.strip() == text.strip(), f"detokenize(tokenize({text!r})) gives the text back, not {back!r}")
+        _promise(
+            back.strip() == text.strip(), f"detokenize(tokenize({text!r})) gives the text back, not {back!r}"
+        )
     _promise(model.tokenize("") == [], "an empty text has no tokens")
 
 
@@ -162,7 +173,9 @@ def _check_generate(model: Model) -> None:
     greedy = Sampling(max_tokens=12, temperature=0)
     chunks = list(model.generate("The capital of France is", greedy))
     last = chunks[-1]
-    _promise(last.finish_reason in ("stop", "length") and last.usage is not None, "the last chunk ends the stream")
+    _promise(
+        last.finish_reason in ("stop", "length") and last.usage is not None, "the last chunk ends the stream"
+    )
     _promise(all(c.finish_reason is None for c in chunks[:-1]), "only the last chunk has a finish_reason")
     whole = Completion.of(chunks)
     _promise(whole.usage.completion_tokens <= 12, "max_tokens holds")
@@ -173,8 +186,13 @@ def _check_generate(model: Model) -> None:
     _promise(first.text == second.text, "the same seed gives the same text")
     if len(whole.text) > 3:
         stop = whole.text[2:4]
-        cut = Completion.of(model.generate("The capital of France is", Sampling(max_tokens=12, temperature=0, stop=(stop,))))
-        _promise(stop not in cut.text and cut.finish_reason == "stop", "a stop string ends the text and is not in it")
+        cut = Completion.of(
+            model.generate("The capital of France is", Sampling(max_tokens=12, temperature=0, stop=(stop,)))
+        )
+        _promise(
+            stop not in cut.text and cut.finish_reason == "stop",
+            "a stop string ends the text and is not in it",
+        )
         _promise(cut.text == whole.text[: whole.text.index(stop)], "nothing before the stop string is lost")
     stream = model.generate("Count: one, two,", Sampling(max_tokens=64, temperature=0))
     next(stream)
@@ -185,9 +203,15 @@ def _check_generate(model: Model) -> None:
 
 def _check_limits(model: Model) -> None:
     long = (model.tokenize("word ") * model.info.context)[: model.info.context]
-    _promise(_raises(ContextExceeded, lambda: list(model.generate(long))), "a prompt that fills the context is refused")
+    _promise(
+        _raises(ContextExceeded, lambda: list(model.generate(long))),
+        "a prompt that fills the context is refused",
+    )
     _promise(_raises(BadInput, lambda: list(model.generate([]))), "an empty prompt is refused")
-    _promise(_raises(BadInput, lambda: list(model.generate([model.info.vocabulary]))), "foreign token ids are refused")
+    _promise(
+        _raises(BadInput, lambda: list(model.generate([model.info.vocabulary]))),
+        "foreign token ids are refused",
+    )
     full = Completion.of(model.generate(long[:-4], Sampling(temperature=0)))
     _promise(full.usage.completion_tokens <= 4, "generation ends where the context does")
     none = Completion.of(model.generate("Hi", Sampling(max_tokens=0)))
@@ -201,11 +225,15 @@ def _check_score(model: Model) -> None:
     scores = model.score(ids, distribution=True)
     _promise(scores.logprobs.shape == (len(ids) - 1,), "score gives one log-probability per following token")
     rows = scores.distribution
-    _promise(rows is not None and rows.shape == (len(ids) - 1, model.info.vocabulary), "distribution has its shape")
+    _promise(
+        rows is not None and rows.shape == (len(ids) - 1, model.info.vocabulary), "distribution has its shape"
+    )
     if rows is not None:
         _promise(bool(np.allclose(np.exp(rows).sum(axis=1), 1, atol=1e-3)), "distributions sum to one")
         picked = rows[np.arange(len(ids) - 1), ids[1:]]
-        _promise(bool(np.allclose(picked, scores.logprobs, atol=1e-5)), "logprobs are entries of the distribution")
+        _promise(
+            bool(np.allclose(picked, scores.logprobs, atol=1e-5)), "logprobs are entries of the distribution"
+        )
     _promise(_raises(BadInput, lambda: model.score(ids[:1])), "score refuses a single token")
 
 

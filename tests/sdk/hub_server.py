@@ -1,13 +1,14 @@
-"""A local model hub for tests: Hugging Face's and ModelScope's protocols over real HTTP, with faults on demand.
+"""A local model hub for tests: Hugging Face's and ModelScope's protocols over real HTTP, faults on demand.
 
-Large files are served like Hugging Face serves them: the hub redirects to a file storage, here a second server
-on another port, which is another origin for a client.
+Large files are served like Hugging Face serves them: the hub redirects to a file storage, here a second
+server on another port, which is another origin for a client.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -53,7 +54,13 @@ class Faults:
     ignore_range: bool = False
     server_errors: int = 0  # answer so many requests with HTTP 500
     html: bool = False  # answer everything with a login page
-    listed_size: dict[str, int] = field(default_factory=dict)  # the listing lies about the size
+    listed_size: dict[str, int | None] = field(default_factory=dict)  # the listing lies about the size
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), OSError):  # a client that was killed is no fault of the server
+            super().handle_error(request, client_address)
 
 
 class HubServer:
@@ -64,9 +71,7 @@ class HubServer:
         self.requests: list[Request] = []
         self.faults = Faults()
         self.released = threading.Event()
-        self._servers = [
-            ThreadingHTTPServer(("127.0.0.1", 0), self._handler(storage)) for storage in (False, True)
-        ]
+        self._servers = [_Server(("127.0.0.1", 0), self._handler(storage)) for storage in (False, True)]
         self.endpoint, self.storage = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
 
     def __enter__(self) -> Self:
@@ -164,7 +169,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.sibling(path, content) if "blobs" in query else {"rfilename": path}
             for path, content in repository.files.items()
         ]
-        description = {
+        description: dict[str, Any] = {
             "id": name,
             "modelId": name,
             "sha": repository.commit,

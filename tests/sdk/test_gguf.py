@@ -72,7 +72,9 @@ def test_damaged_files_are_told(tmp_path: Path, data: bytes, says: str) -> None:
 
 
 @given(st.integers(0, len(tiny()) - 1), st.binary(min_size=1, max_size=8))
-def test_no_damage_does_worse_than_an_error(tmp_path_factory: pytest.TempPathFactory, at: int, noise: bytes) -> None:
+def test_no_damage_does_worse_than_an_error(
+    tmp_path_factory: pytest.TempPathFactory, at: int, noise: bytes
+) -> None:
     data = tiny()
     path = written(tmp_path_factory.mktemp("gguf"), data[:at] + noise + data[at + len(noise) :])
     try:

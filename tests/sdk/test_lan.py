@@ -25,10 +25,8 @@ zeroconf = pytest.importorskip("zeroconf")
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("ALIGHT_HOME", str(tmp_path / "home"))
+def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ALIGHT_API_KEY", raising=False)
-    return tmp_path / "home"
 
 
 @pytest.fixture
@@ -201,9 +199,10 @@ def test_the_device_id_stays(home: Path) -> None:
     first = device_id()
     assert len(first) == 16
     assert device_id() == first
-    (home / "device-id").write_text("damaged")
     (home / "device-id").unlink()
     assert device_id() != first
+    (home / "device-id").write_text("damaged")
+    assert len(device_id()) == 16
 
 
 def test_without_zeroconf_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -405,3 +404,23 @@ def test_proxies_of_the_environment_are_not_used(server: Server, monkeypatch: py
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     with RemoteServer(server.url) as remote:
         assert remote.models()
+
+
+def test_our_own_server(name: str) -> None:
+    from alight.server import Models, running
+    from alight.testing import EchoModel
+
+    with Models(None) as models:
+        models.add("echo", EchoModel())
+        with running(models, name=name, api_key="s3cret") as url:
+            port = int(url.rpartition(":")[2])
+            with announced(name, port), connect(name, timeout=10, api_key="s3cret") as remote:
+                assert remote.models() == ["echo"]
+                answer = remote.chat([{"role": "user", "content": "héllo"}], temperature=0)
+                assert (answer.text, answer.finish_reason) == ("héllo", "stop")
+                assert answer.usage.prompt_tokens == 6
+                assert str(remote.model("echo").complete("abc", max_tokens=2)) == "ab"
+                with pytest.raises(RemoteError, match="Did you mean echo"):
+                    remote.chat(HELLO, "ecco")
+            with RemoteServer(url) as stranger, pytest.raises(RemoteError, match="ALIGHT_API_KEY"):
+                stranger.models()

@@ -52,7 +52,7 @@ from dataclasses import replace
 from importlib import resources
 from typing import Any, TypeAlias
 
-from alight.devices.device import Accelerator, Device
+from alight.devices.device import ACCELERATOR_KINDS, Accelerator, Device
 from alight.errors import BadInput, DeviceNotFound, nearest
 
 Table: TypeAlias = dict[str, Any]
@@ -182,6 +182,9 @@ def _device(id: str, file_name: str, board: Table) -> Device:
 def _accelerators(where: str, table: Table, sources: dict[str, str]) -> list[Accelerator]:
     """The accelerators of one table (`count` of them); their sources are added to `sources`."""
     _check(where, table, _ACCELERATOR, _ACCELERATOR_OPTIONAL)
+    if table["kind"] not in ACCELERATOR_KINDS:
+        kinds = ", ".join(ACCELERATOR_KINDS)
+        raise BadInput(f"{where}: kind is {table['kind']!r}", hint=f"It must be one of {kinds}.")
     key = f"accelerators.{table['name']}"
     sources[f"{key}.memory_bytes"] = table["source"]
     bandwidth, sources[f"{key}.bandwidth"] = _sustained(table["bandwidth"])

@@ -56,7 +56,7 @@ def cpu_limit(root: Path = ROOT, membership: str | None = None) -> float | None:
 
 
 def _groups(root: Path, membership: str | None, controller: str) -> Iterator[Path]:
-    """Folders of the groups this process is in, for one controller, innermost first."""
+    """Folders that may be the groups this process is in, for one controller, innermost first."""
     text = _text(MEMBERSHIP) if membership is None else membership
     for line in text.splitlines():
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
@@ -69,8 +69,7 @@ def _groups(root: Path, membership: str | None, controller: str) -> Iterator[Pat
         # In a container the path may be that of the host, which is not mounted, or start with "..".
         inside = PurePosixPath(*(part for part in path.split("/") if part not in ("", "..")))
         for folder in (inside, *inside.parents):
-            if (mount / folder).is_dir():
-                yield mount / folder
+            yield mount / folder
 
 
 def _reclaimable(group: Path) -> int:

@@ -8,7 +8,7 @@ import platform
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from alight.devices import cgroup
 
@@ -70,10 +70,11 @@ def cpu_name(cpuinfo: str) -> str:
     return " + ".join(f"{cores.count(name)} × {name}" for name in dict.fromkeys(cores) if name)
 
 
-def board_name(device_tree_model: bytes, cpuinfo: str) -> str:
+def board_name(device_tree_model: str, cpuinfo: str) -> str:
     """The board, such as Raspberry Pi 5 Model B Rev 1.0, from its device tree or an Arm /proc/cpuinfo."""
-    name = device_tree_model.decode(errors="replace").strip("\0 \n")
-    return name or next((r["Model"] for r in _records(cpuinfo) if "Model" in r), "")
+    return device_tree_model.strip("\0 \n") or next(
+        (r["Model"] for r in _records(cpuinfo) if "Model" in r), ""
+    )
 
 
 def linux_instructions(cpuinfo: str) -> tuple[str, ...]:

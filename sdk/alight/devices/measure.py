@@ -90,10 +90,10 @@ def matmul_speeds(threads: int, instructions: tuple[str, ...] = ()) -> tuple[Fig
     """
     try:
         ggml = _Ggml()
+        return ggml.matmul_speed(_GGML_Q8_0, threads), ggml.matmul_speed(_GGML_F32, threads)
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        log.info("ggml cannot be loaded, so int8 speed is estimated: %s", error)
+        log.info("ggml cannot be used, so int8 speed is estimated: %s", error)
         return _numpy_speeds(instructions)
-    return ggml.matmul_speed(_GGML_Q8_0, threads), ggml.matmul_speed(_GGML_F32, threads)
 
 
 def _numpy_speeds(instructions: tuple[str, ...]) -> tuple[Figure, Figure]:
@@ -104,8 +104,8 @@ def _numpy_speeds(instructions: tuple[str, ...]) -> tuple[Figure, Figure]:
     with_dot = {"dotprod", "i8mm", "avx_vnni", "avx512_vnni", "amx_int8"}.intersection(instructions)
     ratio = 2 if with_dot else 1  # half of what the instructions could do: the blocks' scales cost time
     return (
-        Figure(ratio * flops, f"estimated: {ratio} × numpy's float32 speed, as ggml could not be loaded"),
-        Figure(flops, "measured with numpy, as ggml could not be loaded"),
+        Figure(ratio * flops, f"estimated: {ratio} × numpy's float32 speed, as ggml could not be used"),
+        Figure(flops, "measured with numpy, as ggml could not be used"),
     )
 
 
@@ -128,7 +128,10 @@ def _last_level_cache() -> int:
     """Bytes of the largest cache of the first core; 0 where the system does not say."""
     sizes = [0]
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text().strip()  # such as "2048K"
+        try:
+            text = path.read_text().strip()  # such as "2048K"
+        except OSError:
+            continue
         if text.endswith("K") and text[:-1].isdigit():
             sizes.append(int(text[:-1]) * 1024)
     return max(sizes)

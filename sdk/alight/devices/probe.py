@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from alight.devices import accelerators, cgroup, cpu, measure
 from alight.devices.boards import known_speeds
@@ -98,8 +98,7 @@ def _accelerators(
 def _name(sysctl: dict[str, str], cpuinfo: str) -> str:
     if sysctl:
         return f"{sysctl.get('machdep.cpu.brand_string', 'Mac')} ({sysctl.get('hw.model', 'Mac')})"
-    model = Path("/proc/device-tree/model")
-    board = cpu.board_name(model.read_bytes() if model.is_file() else b"", cpuinfo)
+    board = cpu.board_name(_read(Path("/proc/device-tree/model")), cpuinfo)
     return board or cpu.cpu_name(cpuinfo) or cpu.arch()
 
 

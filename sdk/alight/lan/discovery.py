@@ -125,7 +125,7 @@ def advertise(
                 opened.register_service(info)
             except zc.NonUniqueNameException:
                 continue
-            log.info("announced %r on port %d at %s", wanted, port, ", ".join(addresses))
+            log.debug("announced %r on port %d at %s", wanted, port, ", ".join(addresses))
             return Advertisement(opened, info)
         raise BadInput(f"99 devices here are called {name!r}", hint="Choose another name.")
     except (zc.Error, OSError) as error:

@@ -70,8 +70,8 @@ def check_extras(
         name = where + key
         if key in not_yet:
             neutral = not_yet[key]
-            if value in neutral:
-                continue
+            if any(value == n and isinstance(value, bool) == isinstance(n, bool) for n in neutral):
+                continue  # 1 is 1.0, but not True
             hint = f"Leave it out, or send {json.dumps(neutral[0])}." if neutral else "Leave it out."
             raise Refused(
                 400, f"`{name}` is not in this version yet", hint=hint, code="unsupported", param=name
@@ -83,7 +83,7 @@ def check_extras(
 
 async def _bytes(request: Request, limit: int) -> bytes:
     declared = request.headers.get("content-length", "")
-    size = int(declared) if declared.isdigit() else 0
+    size = int(declared) if declared.isdecimal() else 0
     too_large = Refused(
         413,
         f"the request body is larger than {limit / (1 << 20):g} MiB",

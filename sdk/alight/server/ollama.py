@@ -8,7 +8,6 @@ What a request leaves out has alight's own defaults (`alight.Sampling`).
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Sequence
@@ -24,7 +23,7 @@ from alight.server.bodies import Body, check_extras, read, words
 from alight.server.failures import Refused
 from alight.server.models import Models
 from alight.server.ollama_models import listed, running, shown, timestamp
-from alight.server.stream import Answer, Answers, StreamedAnswer
+from alight.server.stream import Answer, Answers, StreamedAnswer, to_json
 from alight.target import Chunk, Model, Sampling, Usage
 
 OLLAMA_VERSION = "0.33.0"  # whose API this is; clients compare it before they use newer parts
@@ -139,7 +138,10 @@ def router(models: Models, answers: Answers) -> APIRouter:
     async def show(request: Request) -> dict[str, Any]:
         body = await read(request, ShowRequest)
         check_extras(body, words("system template options"), {})
-        return await run_in_threadpool(_shown, models.find(body.model or body.name or ""), bool(body.verbose))
+        name = body.model or body.name
+        if not name:
+            raise Refused(400, "`model` is required", param="model")
+        return await run_in_threadpool(lambda: shown(models.find(name), verbose=bool(body.verbose)))
 
     @api.post("/chat")
     async def chat(request: Request) -> Response:
@@ -205,7 +207,10 @@ def _prompt_tokens(model: Model, body: GenerateRequest) -> list[int]:
     messages = [{"role": "user", "content": body.prompt}]
     if body.system:
         messages.insert(0, {"role": "system", "content": body.system})
-    tokens = model.chat_tokens(messages)
+    if model.template.source or body.system:
+        tokens = model.chat_tokens(messages)
+    else:  # a base model: as in Ollama, the prompt is then all there is
+        tokens = model.tokenize(body.prompt or "", bos=True)
     if not body.context:
         return tokens
     beginning = model.tokenize("", bos=True)  # has its place at the very beginning only
@@ -292,4 +297,4 @@ def _nanoseconds(seconds: float) -> int:
 
 
 def _ndjson(data: dict[str, Any]) -> bytes:
-    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+    return to_json(data) + b"\n"

@@ -8,7 +8,6 @@ yet is refused by name; one that is not known at all, too.
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from abc import ABC, abstractmethod
@@ -22,7 +21,7 @@ from pydantic import BeforeValidator, Field
 from alight.server.bodies import Body, check_extras, read, words
 from alight.server.failures import Refused
 from alight.server.models import Models, Offer
-from alight.server.stream import Answer, Answers, StreamedAnswer
+from alight.server.stream import Answer, Answers, StreamedAnswer, to_json
 from alight.target import Chunk, Model, Sampling, Usage
 
 IGNORED = words(
@@ -268,4 +267,4 @@ def _model(offer: Offer) -> dict[str, Any]:
 
 
 def _event(data: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + to_json(data) + b"\n\n"

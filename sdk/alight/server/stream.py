@@ -7,13 +7,14 @@ goes away the thread closes the generator, at the latest after the token it is w
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Generator
 from contextlib import closing
 from types import TracebackType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from fastapi import Request
 from starlette.responses import Response
@@ -29,7 +30,8 @@ log = logging.getLogger(__name__)
 Begin: TypeAlias = Callable[[Model], Generator[Chunk]]
 
 MAX_ANSWERS = 64  # running or waiting in the engine's queue at the same time; one more is refused
-_AHEAD = 32  # chunks a model may be ahead of a client that reads slowly
+AHEAD = 256  # chunks that a model may be ahead of a client that reads slowly
+STALLED = 30.0  # seconds that the model then waits for it; it may hold up everyone else meanwhile
 _PATIENCE = 5.0  # seconds to wait at shutdown for models to finish the token they are working on
 
 
@@ -56,8 +58,8 @@ class Answers:
         if len(self._running) >= MAX_ANSWERS:
             raise Refused(503, f"{MAX_ANSWERS} answers are in progress", hint="Try again later.", code="busy")
         answer = Answer(self.models, name, begin, unload, self._running.discard)
-        self._running.add(answer)
         answer.run(request)
+        self._running.add(answer)
         try:
             await answer.wait_for_first()
         except BaseException:
@@ -96,14 +98,14 @@ class Answer:
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Chunk | Exception | None] = asyncio.Queue()  # None: the end
-        self._room = threading.Semaphore(_AHEAD)  # bounds the queue; a thread can wait for it
+        self._room = threading.Semaphore(AHEAD)  # bounds the queue; a thread can wait for it
         self._cancelled = threading.Event()
         self._first: Chunk | None = None
         self._watch: asyncio.Task[None] | None = None
 
     def run(self, request: Request) -> None:
-        self._watch = asyncio.create_task(self._cancel_when_gone(request))
         threading.Thread(target=self._produce, name="alight-answer", daemon=True).start()
+        self._watch = asyncio.create_task(self._cancel_when_gone(request))
 
     async def wait_for_first(self) -> None:
         self._first = await self._next()
@@ -171,7 +173,8 @@ class Answer:
     def _hand_over(self, model: Model) -> None:
         with closing(self._begin(model)) as chunks:
             for chunk in chunks:
-                self._room.acquire()
+                if not self._room.acquire(timeout=STALLED):
+                    raise Refused(408, "the client stopped reading", code="client_stalled")
                 if self._cancelled.is_set():
                     return
                 self._call(self._queue.put_nowait, chunk)
@@ -216,6 +219,11 @@ class StreamedAnswer(Response):
                     {"type": "http.response.body", "body": self.failed(Failure.of(error)), "more_body": True}
                 )
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def to_json(data: dict[str, Any]) -> bytes:
+    """One line of JSON. All of it is ASCII: clients (httpx) also split lines at U+0085 and U+2028."""
+    return json.dumps(data, separators=(",", ":")).encode()
 
 
 def _stopping() -> Refused:

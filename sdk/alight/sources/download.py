@@ -106,9 +106,8 @@ def download(file: RemoteFile, target: Path, parts: Path, client: HubClient, pro
     part = parts / file.part_name
     with _disk_errors(target, file.size):
         target.parent.mkdir(parents=True, exist_ok=True)
-        if (
-            file.promise is None
-        ):  # nothing would tell a mixture of two versions, so never go on with an old part
+        if file.promise is None:
+            # Without a digest nothing would show a mixture of two versions: never go on with an old part.
             part.unlink(missing_ok=True)
         elif target.exists():  # finished by an earlier fetch, but never taken away
             with contextlib.suppress(DigestMismatch):
@@ -124,6 +123,7 @@ def download(file: RemoteFile, target: Path, parts: Path, client: HubClient, pro
 def _receive(file: RemoteFile, part: Path, client: HubClient, progress: Progress) -> None:
     """Write the whole file to `part`, over as many connections as it takes."""
     retries = client.retries()
+    furthest = _size(part)
     while True:
         part.touch()
         have = _size(part)
@@ -139,7 +139,8 @@ def _receive(file: RemoteFile, part: Path, client: HubClient, progress: Progress
             if _size(part) < file.size:
                 raise Transient(f"{client.host} ended {file.path} early")
         except Transient as error:
-            if _size(part) - have >= _PROGRESS_WORTH_A_RETRY:
+            if _size(part) - furthest >= _PROGRESS_WORTH_A_RETRY:
+                furthest = _size(part)
                 retries.progressed()
             retries.failed(error)
 
@@ -150,9 +151,11 @@ def _receive_more(file: RemoteFile, part: Path, have: int, client: HubClient, pr
     if have:
         headers["Range"] = f"bytes={have}-"
     with client.get(file.url, headers=headers) as response:
-        if response.status_code == 416:  # the part is longer than the file is now
+        if response.status_code == 416:  # the hub's file ends here
+            if file.size is None:
+                return
             part.unlink()
-            raise Transient(f"{client.host} has less of {file.path} than was downloaded; beginning anew")
+            raise _mismatch(file, f"{file.size} bytes", f"{have}")
         client.check(response, file.path)
         done = _first_byte(response)
         if done not in (0, have):

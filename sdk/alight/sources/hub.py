@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -76,6 +77,15 @@ class Repository:
     licence: str | None
 
 
+class _Held(threading.local):
+    def __init__(self) -> None:
+        self.folders: set[Path] = set()
+
+
+# FileLock's own nesting (is_singleton) lets threads wait for each other forever in older filelocks (3.13).
+_held_by_this_thread = _Held()
+
+
 @contextlib.contextmanager
 def exclusive(address: Address) -> Iterator[None]:
     """Hold an address for this thread alone; waits for others. May be nested.
@@ -85,9 +95,14 @@ def exclusive(address: Address) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
+    held = _held_by_this_thread.folders
+    folder = address.folder
+    if folder in held:
+        yield
+        return
     try:
-        address.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(address.folder / ".lock", is_singleton=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -95,12 +110,14 @@ def exclusive(address: Address) -> Iterator[None]:
             lock.acquire()
     except OSError as error:
         raise StoreError(
-            f"cannot write to {address.folder}: {error.strerror or error}",
+            f"cannot write to {folder}: {error.strerror or error}",
             hint="Set ALIGHT_HOME to a folder you can write to.",
         ) from error
+    held.add(folder)
     try:
         yield
     finally:
+        held.remove(folder)
         lock.release()
 
 

@@ -50,8 +50,8 @@ def _as_path(text: str) -> Path:
 
 
 def _gguf(path: Path) -> Fetched:
-    names = _file_names(path.parent)
-    return _fetched(path.parent, choose.complete_split(path.name, names, str(path.parent)), "gguf", path)
+    names = choose.complete_split(path.name, _file_names(path.parent), str(path.parent))
+    return _fetched(path.parent, names, "gguf", path.parent / names[0])
 
 
 def _folder(folder: Path) -> Fetched:

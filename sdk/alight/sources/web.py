@@ -54,7 +54,7 @@ class HubClient:
     ) -> None:
         import httpx
 
-        if urlsplit(endpoint).scheme not in ("http", "https") or not urlsplit(endpoint).hostname:
+        if not _is_web_address(endpoint):
             raise BadInput(
                 f"{endpoint_variable}={endpoint!r} is no address",
                 hint="Give it as https://host[:port][/path].",
@@ -145,6 +145,14 @@ class HubClient:
                 f"{host} has no {what}", hint="Check the name, its upper and lower case, and the revision."
             )
         raise SourceError(f"{host} answered HTTP {status} for {what}")
+
+
+def _is_web_address(text: str) -> bool:
+    try:
+        url = urlsplit(text)
+        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:  # a port that is no number, half an IPv6 address
+        return False
 
 
 class _Stream:

@@ -20,7 +20,9 @@ class CpuTarget(Target):
 
     def probe(self) -> Availability:
         if importlib.util.find_spec("llama_cpp") is None:
-            return Availability(False, "llama-cpp-python is not installed", "pip install llama-cpp-python==0.3.36")
+            return Availability(
+                False, "llama-cpp-python is not installed", "pip install llama-cpp-python==0.3.36"
+            )
         return Availability(True, "llama-cpp-python is installed")
 
     def load(self, artifact: Artifact, options: LoadOptions) -> Model:

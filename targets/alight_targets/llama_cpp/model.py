@@ -30,7 +30,9 @@ class LlamaCppModel(Model):
         context, threads: as decided by the target: tokens and physical cores.
     """
 
-    def __init__(self, artifact: Artifact, options: LoadOptions, *, context: int, threads: int, target: str) -> None:
+    def __init__(
+        self, artifact: Artifact, options: LoadOptions, *, context: int, threads: int, target: str
+    ) -> None:
         self._native = NativeModel(artifact.weights, mmap=options.mmap)
         self._options = options
         self._threads = threads
@@ -137,7 +139,9 @@ class LlamaCppModel(Model):
                     part = ids[at : min(at + context.batch, len(ids) - 1)]
                     context.decode(part, at, outputs=True)
                     logp = _log_softmax(context.logits(len(part)))
-                    logprobs[at : at + len(part)] = logp[np.arange(len(part)), ids[at + 1 : at + 1 + len(part)]]
+                    logprobs[at : at + len(part)] = logp[
+                        np.arange(len(part)), ids[at + 1 : at + 1 + len(part)]
+                    ]
                     if rows is not None:
                         rows[at : at + len(part)] = logp
             finally:

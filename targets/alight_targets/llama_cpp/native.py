@@ -102,7 +102,9 @@ class NativeModel:
         """The texts that `tokenize(special=True)` reads as one token: control and user-defined ones."""
         special = C.LLAMA_TOKEN_ATTR_CONTROL | C.LLAMA_TOKEN_ATTR_USER_DEFINED | C.LLAMA_TOKEN_ATTR_UNKNOWN
         return [
-            self.token_text(t) for t in range(self.vocabulary) if C.llama_vocab_get_attr(self.vocab, t) & special
+            self.token_text(t)
+            for t in range(self.vocabulary)
+            if C.llama_vocab_get_attr(self.vocab, t) & special
         ]
 
     def tokenize(self, text: str, *, bos: bool, special: bool) -> list[int]:

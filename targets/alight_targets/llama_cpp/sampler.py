@@ -19,9 +19,8 @@ class Sampler:
         s = sampling
         if s.repeat_penalty != 1 or s.frequency_penalty or s.presence_penalty:
             last_n = model.trained_context if s.repeat_last_n < 0 else s.repeat_last_n
-            self._add(
-                C.llama_sampler_init_penalties(last_n, s.repeat_penalty, s.frequency_penalty, s.presence_penalty)
-            )
+            penalties = (s.repeat_penalty, s.frequency_penalty, s.presence_penalty)
+            self._add(C.llama_sampler_init_penalties(model.vocabulary, last_n, *penalties))
         if s.temperature == 0:
             self._add(C.llama_sampler_init_greedy())
             return

@@ -1,0 +1,5 @@
+"""`python -m alight.cli`"""
+
+from alight.cli import main
+
+main()

@@ -1,0 +1,188 @@
+"""A chat with a model in the terminal: `alight run NAME`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from dataclasses import fields
+from typing import Any
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import WordCompleter
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from rich.text import Text
+
+from alight import paths
+from alight.cli.answer import print_answer, usage_line
+from alight.cli.output import console, print_facts, say_error
+from alight.errors import AlightError, BadInput, nearest
+from alight.target import Chunk, Model, Sampling
+
+FENCE = '"""'
+
+HELP = {
+    "/help": "this list",
+    "/clear": "forget the conversation",
+    "/set": "how answers are chosen: /set temperature 0.2; without a value, the default",
+    "/system": "instructions for the whole conversation: /system Answer in French.",
+    "/show": "the model and the settings",
+    "/exit": "leave (so does Ctrl-D)",
+}
+
+
+class Conversation:
+    """What was said so far, and the loop that reads, answers and obeys commands."""
+
+    def __init__(self, model: Model, *, system: str | None, sampling: dict[str, Any], stats: bool) -> None:
+        self.model = model
+        self.system = system
+        self.sampling = sampling
+        self.stats = stats
+        self.messages: list[dict[str, str]] = []
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/help": self._help,
+            "/clear": self._clear,
+            "/set": self._set,
+            "/system": self._system,
+            "/show": self._show,
+        }
+
+    def run(self) -> None:
+        """Until /exit or Ctrl-D."""
+        console.print(Text(f"{self.model.info.name}: /help for help, Ctrl-D to leave"), style="dim")
+        session: PromptSession[str] = PromptSession(
+            history=_history(),
+            key_bindings=_keys(),
+            multiline=True,
+            completer=WordCompleter([*HELP], sentence=True),
+            complete_while_typing=False,
+        )
+        while True:
+            try:
+                text = session.prompt(">>> ", prompt_continuation="... ")
+            except KeyboardInterrupt:  # clears the line, as in a shell
+                continue
+            except EOFError:
+                return
+            text = text.strip().removeprefix(FENCE).removesuffix(FENCE).strip()
+            if text == "/exit":
+                return
+            try:
+                if text.startswith("/"):
+                    self._obey(text)
+                elif text:
+                    self._answer(text)
+            except AlightError as error:
+                say_error(error)
+
+    def _answer(self, text: str) -> None:
+        start = [{"role": "system", "content": self.system}] if self.system else []
+        asked = [*self.messages, {"role": "user", "content": text}]
+        said: list[str] = []
+        try:
+            with closing(self.model.chat([*start, *asked], stream=True, **self.sampling)) as chunks:
+                usage = print_answer(_noted(chunks, said)).usage
+        except KeyboardInterrupt:  # stops the answer, not the chat
+            console.print("(stopped)", style="dim")
+        else:
+            line = usage_line(usage) if self.stats else f"{usage.tokens_per_second:.1f} tok/s"
+            console.print(line, style="dim")
+        if answer := "".join(said):
+            self.messages = [*asked, {"role": "assistant", "content": answer}]
+
+    def _obey(self, text: str) -> None:
+        verb, _, rest = text.partition(" ")
+        command = self._commands.get(verb)
+        if command is None:
+            near = nearest(verb, HELP)
+            hint = f"Did you mean {' or '.join(near)}?" if near else "/help lists the commands."
+            raise BadInput(f"unknown command {verb}", hint=hint)
+        command(rest.strip())
+
+    def _help(self, _: str) -> None:
+        print_facts(HELP)
+        console.print(f"Alt-Enter begins a new line; between {FENCE} and {FENCE}, Enter does.", style="dim")
+        console.print("Ctrl-C stops an answer.", style="dim")
+
+    def _clear(self, _: str) -> None:
+        self.messages = []
+        console.print("forgotten", style="dim")
+
+    def _system(self, text: str) -> None:
+        self.system = text or None
+        console.print("set" if text else "no instructions now", style="dim")
+
+    def _set(self, text: str) -> None:
+        name, _, value = text.partition(" ")
+        if name not in _DEFAULTS:
+            raise BadInput(f"unknown setting {name!r}", hint=f"Known: {', '.join(_DEFAULTS)}.")
+        wanted = {k: v for k, v in self.sampling.items() if k != name}
+        if value:
+            wanted[name] = _parsed(name, value.strip())
+        Sampling.of(**wanted)  # refuses what is out of range
+        self.sampling = wanted
+        console.print(Text(f"{name} = {wanted.get(name, _DEFAULTS[name])}"), style="dim")
+
+    def _show(self, _: str) -> None:
+        info = self.model.info
+        print_facts(
+            {
+                "model": info.name,
+                "target": info.target,
+                "context": f"{info.context} tokens",
+                "messages": str(len(self.messages)),
+                "system": self.system or "",
+                **{name: str(self.sampling.get(name, default)) for name, default in _DEFAULTS.items()},
+            }
+        )
+
+
+_DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Sampling)}
+_WHOLE = {f.name for f in fields(Sampling) if "int" in str(f.type)}
+
+
+def _parsed(name: str, text: str) -> str | float:
+    """The value of a setting, from what was typed."""
+    if name == "stop":
+        return text
+    try:
+        return int(text) if name in _WHOLE else float(text)
+    except ValueError:
+        kind = "a whole number" if name in _WHOLE else "a number"
+        raise BadInput(f"{name} is {text!r}", hint=f"It must be {kind}.") from None
+
+
+def _noted(chunks: Iterable[Chunk], said: list[str]) -> Iterator[Chunk]:
+    """The same chunks, with their texts put down in `said`: an answer that is stopped has those."""
+    for chunk in chunks:
+        said.append(chunk.text)
+        yield chunk
+
+
+def _history() -> History:
+    """What was typed in earlier chats; for this user's eyes only."""
+    file = paths.home() / "history"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch(mode=0o600)
+    except OSError:
+        return InMemoryHistory()
+    return FileHistory(str(file))
+
+
+def _keys() -> KeyBindings:
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def _(event: KeyPressEvent) -> None:
+        if event.current_buffer.text.count(FENCE) == 1:
+            event.current_buffer.insert_text("\n")
+        else:
+            event.current_buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    return keys

