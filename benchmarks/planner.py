@@ -44,9 +44,8 @@ def main() -> None:
         return
     source = Path(args.file) if args.file else next(iter(sources.fetch("builtin:smollm2").files.values()))
     device = alight.probe()
-    print(
-        f"{device.name}, {device.cores} cores, {device.bandwidth / 1e9:.1f} GB/s, {device.int8_ops / 1e9:.0f} Gop/s int8"
-    )
+    speeds = f"{device.bandwidth / 1e9:.1f} GB/s, {device.int8_ops / 1e9:.0f} Gop/s int8"
+    print(f"{device.name}, {device.cores} cores, {speeds}")
     print(
         f"{'type':8} {'context':>7}   memory MB: predicted measured    decode tok/s: predicted measured    prefill"
     )

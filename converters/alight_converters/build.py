@@ -50,6 +50,7 @@ class GGUFBuilder(Builder):
                 made.append((_measure(file, prediction, reference, progress), file))
             if not request.types:  # the source as it is may be the best form already
                 made.append((_measure_source(request, reference, progress), request.source.weights[0]))
+            made = [_measure_speed_again(candidate, file) for candidate, file in made]
             candidates = [candidate for candidate, _ in made]
             chosen, reason = choose(candidates, request)
             report = folder / REPORT
@@ -154,6 +155,15 @@ def _measure_source(
     name = request.source.description.quantization
     prediction = planner.predict(shape, request.device, quantization=name, context=request.context)
     return replace(_measure(request.source.weights[0], prediction, reference, progress), is_source=True)
+
+
+def _measure_speed_again(candidate: Candidate, file: Path) -> tuple[Candidate, Path]:
+    """A second visit after all others: on a machine with other work, the better of two is nearer the truth."""
+    with _load(Artifact.loose(file)) as model:
+        second = evaluate.speed(model)
+    if second.decode > candidate.speed.decode:
+        candidate = replace(candidate, speed=second)
+    return candidate, file
 
 
 def _load(artifact: Artifact, request: BuildRequest | None = None) -> Model:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from alight import devices, plugins, sources
 from alight.artifact import ASKED, SOURCE, Artifact, Description
-from alight.builder import Builder, BuildRequest, BuildResult
-from alight.devices import Device
 from alight.errors import BadInput
 from alight.store import Store, normal_name
 from alight.target import LoadOptions, Model
 
 if TYPE_CHECKING:
+    from alight.builder import Builder, BuildRequest, BuildResult
+    from alight.devices import Device
     from alight.lan.client import RemoteServer
     from alight.lan.discovery import Peer
 
@@ -34,14 +34,18 @@ def load(name: str | Path = "builtin:smollm2", *, target: str = "auto", **option
     Raises:
         ModelNotFound, InvalidModelFile, DoesNotFit, TargetUnavailable, EngineError; all are AlightErrors.
     """
-    artifact = resolve(str(name))
+    return load_artifact(resolve(str(name)), _options(options), target=target)
+
+
+def load_artifact(artifact: Artifact, options: LoadOptions | None = None, *, target: str = "auto") -> Model:
+    """Load an artifact that is at hand, as `load` does a name."""
     chosen = plugins.choose_target(artifact) if target == "auto" else plugins.target(target)
     if artifact.format not in chosen.formats:
         raise BadInput(
             f"target {chosen.name!r} cannot load {artifact.name!r}, which is {artifact.format}",
             hint=f"It reads: {', '.join(sorted(chosen.formats))}.",
         )
-    return chosen.load(artifact, _options(options))
+    return chosen.load(artifact, options or LoadOptions())
 
 
 def resolve(name: str, *, store: Store | None = None, progress: Progress | None = None) -> Artifact:
@@ -144,6 +148,8 @@ def prepare_build(
     **limits: Any,
 ) -> tuple[Builder, BuildRequest]:
     """The builder and its request, ready for `plan` or `build`."""
+    from alight.builder import BuildRequest
+
     builder: Builder = plugins.builder(format)
     chosen = devices.resolve(device) if isinstance(device, str) else device
     artifact = resolve(source, progress=progress)

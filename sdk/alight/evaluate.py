@@ -162,7 +162,8 @@ def compare(model: Model, reference: Reference, progress: Progress | None = None
         scores = model.score(window, distribution=True)
         if scores.distribution is None or scores.distribution.shape[1] != expected.shape[1]:
             raise BadInput(
-                f"{model.info.name!r} has a vocabulary of {model.info.vocabulary}, its source one of {expected.shape[1]}",
+                f"{model.info.name!r} has a vocabulary of {model.info.vocabulary}, "
+                f"its source one of {expected.shape[1]}",
                 hint="KL divergence needs models that share a tokenizer.",
             )
         half = _half(window)

@@ -6,14 +6,18 @@ my-board = "my_package:MyTarget"
 
 from __future__ import annotations
 
-from importlib.metadata import EntryPoint, entry_points
+import logging
 from typing import TYPE_CHECKING, Any
 
 from alight.errors import BadInput, TargetUnavailable, nearest
 
 if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
     from alight.artifact import Artifact
     from alight.target import Target
+
+log = logging.getLogger(__name__)
 
 TARGETS = "alight.targets"
 BUILDERS = "alight.builders"
@@ -57,20 +61,18 @@ def builder(name: str) -> Any:
 
 
 def _entries(group: str) -> dict[str, EntryPoint]:
+    from importlib.metadata import entry_points  # slow to import, and only needed to load a model
+
     return {e.name: e for e in entry_points(group=group)}
 
 
 def _load_all(group: str) -> dict[str, Any]:
-    import logging
-
     found = {}
     for name, entry in _entries(group).items():
         try:
             found[name] = entry.load()
         except ImportError as error:
-            logging.getLogger(__name__).warning(
-                "plugin %s (%s) does not import: %s", name, entry.value, error
-            )
+            log.warning("plugin %s (%s) does not import: %s", name, entry.value, error)
     return found
 
 

@@ -25,8 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from filelock import FileLock
-
 from alight import paths
 from alight.artifact import (
     INDEX,
@@ -278,6 +276,8 @@ class Store:
     @contextmanager
     def _changing(self) -> Iterator[None]:
         """Hold the store's lock, with the layout in place and the leavings of dead writers gone."""
+        from filelock import FileLock  # readers need no lock
+
         with _disk_full_is_ours(self.root):
             self.blobs.mkdir(parents=True, exist_ok=True)
             self._tmp.mkdir(exist_ok=True)
@@ -342,7 +342,7 @@ class Store:
 
         def is_it(entry: Any) -> bool:
             ref = (entry.get("annotations") or {}).get(REF)
-            return bool(ref) and ref.casefold() in (full, full.removesuffix(":latest"))
+            return isinstance(ref, str) and ref.casefold() in (full, full.removesuffix(":latest"))
 
         index["manifests"] = [x for x in index["manifests"] if not is_it(x)]
         if manifest:

@@ -55,7 +55,9 @@ class Sampling:
         need(self.top_k >= 0, "top_k", "0 (off) or more")
         need(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
         need(0 <= self.min_p <= 1, "min_p", "between 0 and 1")
-        need(self.repeat_penalty > 0, "repeat_penalty", "above 0 (1 is off)")
+        need(0 < self.repeat_penalty <= 100, "repeat_penalty", "above 0 and at most 100 (1 is off)")
+        need(abs(self.presence_penalty) <= 100, "presence_penalty", "between -100 and 100")
+        need(abs(self.frequency_penalty) <= 100, "frequency_penalty", "between -100 and 100")
         need(self.repeat_last_n >= -1, "repeat_last_n", "-1 (whole context), 0 (off) or more")
         need(all(self.stop), "stop", "strings that are not empty")
 
@@ -112,7 +114,8 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of an answer. The last one has a `finish_reason` and the `usage`."""
+    """A piece of an answer. The last one has a `finish_reason` and the `usage`. A target may send empty ones
+    while it reads a long prompt, so that closing the stream takes effect soon."""
 
     text: str = ""
     tokens: tuple[int, ...] = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,7 @@ def test_plan_for_known_boards(shape: planner.Shape) -> None:
     pi = devices.profile("raspberry-pi-5-8gb")
     forms = planner.plan(shape, pi)
     assert [f.quantization for f in forms] == ["Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0"]
-    assert all(a.memory.weights > b.memory.weights for a, b in zip(forms, forms[1:], strict=False))
+    assert all(a.memory.weights > b.memory.weights for a, b in pairwise(forms))
     old = devices.profile("raspberry-pi-4-2gb")
     assert planner.plan(shape, old)[0].decode < forms[0].decode
 

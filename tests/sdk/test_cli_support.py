@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-LIMIT = 120.0  # seconds; generous, for busy machines: no test measures time
+LIMIT = 60.0  # seconds; generous, for busy machines: no test measures time
 COMMAND = [sys.executable, "-m", "alight"]
 _ESCAPES = re.compile(r"\x1b(\[[0-9;?]*[ -/]*[@-~]|[()][A-Z0-9]|[=>78]|\][^\x07]*\x07)")
 

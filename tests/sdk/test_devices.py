@@ -12,7 +12,7 @@ from alight import devices
 from alight.devices import accelerators, cgroup, cpu, measure
 from alight.devices.boards import known_speeds, parse_board
 from alight.devices.device import Accelerator, Device
-from alight.devices.probe import temperature
+from alight.devices.machine import temperature
 from alight.errors import BadInput, DeviceNotFound
 
 MIB = 1024**2

@@ -17,7 +17,9 @@ def command(
     prompt: Annotated[int, typer.Option(help="Prompt tokens.", min=1)] = 128,
     new: Annotated[int, typer.Option(help="New tokens.", min=2)] = 64,
     rounds: Annotated[int, typer.Option(help="Rounds; medians are shown.", min=1)] = 5,
-    threads: Annotated[int | None, typer.Option(help="Threads; by default the physical cores.", min=1)] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads; by default the physical cores.", min=1)
+    ] = None,
     target: Annotated[str, typer.Option(help="The runtime that loads the model.")] = "auto",
     json: AsJson = False,
 ) -> None:
@@ -26,12 +28,21 @@ def command(
     Example: alight bench smollm2 --prompt 512
     """
     artifact = api.resolve(name)
-    with err.status("measuring"), api.load(name, target=target, context=prompt + new + 8, threads=threads) as model:
+    with (
+        err.status("measuring"),
+        api.load(name, target=target, context=prompt + new + 8, threads=threads) as model,
+    ):
         speed = evaluate.speed(model, prompt_tokens=prompt, new_tokens=new, rounds=rounds)
         info = model.info
     if json:
         print_json(
-            {"model": info.name, "target": info.target, "size": artifact.size, **dict(info.details), **speed.to_json()}
+            {
+                "model": info.name,
+                "target": info.target,
+                "size": artifact.size,
+                **dict(info.details),
+                **speed.to_json(),
+            }
         )
         return
     print_facts(

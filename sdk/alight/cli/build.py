@@ -22,21 +22,29 @@ def command(
     source: Annotated[
         str,
         typer.Argument(
-            help="A model of the store, a .gguf file, or a source.", metavar="SOURCE", autocompletion=complete_model
+            help="A model of the store, a .gguf file, or a source.",
+            metavar="SOURCE",
+            autocompletion=complete_model,
         ),
     ],
     device: Annotated[
-        str, typer.Option("--for", help="The device: this, or a name of `alight probe --list`.", metavar="DEVICE")
+        str,
+        typer.Option("--for", help="The device: this, or a name of `alight probe --list`.", metavar="DEVICE"),
     ] = "this",
-    name: Annotated[str | None, typer.Option("--output", "-o", help="Its name in the store.", metavar="NAME")] = None,
+    name: Annotated[
+        str | None, typer.Option("--output", "-o", help="Its name in the store.", metavar="NAME")
+    ] = None,
     quant: Annotated[
-        list[str] | None, typer.Option(help="Exactly this type, such as q4_k_m; repeat for several.", metavar="TYPE")
+        list[str] | None,
+        typer.Option(help="Exactly this type, such as q4_k_m; repeat for several.", metavar="TYPE"),
     ] = None,
     min_speed: Annotated[float, typer.Option(help="Decode at least this fast, tokens/s.", metavar="T")] = 0.0,
     max_memory: Annotated[
         str | None, typer.Option(help="Use at most this memory, such as 900MB.", metavar="BYTES")
     ] = None,
-    max_kl: Annotated[float, typer.Option(help="Lose at most this much: mean KL, nats.", metavar="X")] = MAX_KL,
+    max_kl: Annotated[
+        float, typer.Option(help="Lose at most this much: mean KL, nats.", metavar="X")
+    ] = MAX_KL,
     context: Annotated[int, typer.Option(help="Tokens the device must hold.", min=8)] = DEFAULT_CONTEXT,
     text: Annotated[
         Path | None, typer.Option(help="Measure on this text file; by default on text the model writes.")
@@ -113,25 +121,44 @@ def _row(c: Candidate, here: bool) -> list[str]:
 
 
 def _print_plan(plan: list[Prediction], request: BuildRequest) -> None:
-    rows: Table = table("TYPE", "WEIGHTS", "MEMORY", "TOK/S", "BOUND BY", right=("WEIGHTS", "MEMORY", "TOK/S"))
+    rows: Table = table(
+        "TYPE", "WEIGHTS", "MEMORY", "TOK/S", "BOUND BY", right=("WEIGHTS", "MEMORY", "TOK/S")
+    )
     for p in plan:
         rows.add_row(
-            p.quantization, human_bytes(p.memory.weights), human_bytes(p.memory.total), f"{p.decode:.1f}", p.limit
+            p.quantization,
+            human_bytes(p.memory.weights),
+            human_bytes(p.memory.total),
+            f"{p.decode:.1f}",
+            p.limit,
         )
     console.print(rows)
     memory = human_bytes(request.device.available_bytes)
-    console.print(Text(f"Predicted for {request.device.name}, {memory} for models; context {request.context}."))
+    console.print(
+        Text(f"Predicted for {request.device.name}, {memory} for models; context {request.context}.")
+    )
 
 
 def parse_bytes(text: str) -> int:
     """ "900MB", "1.5GB", "2GiB" or a plain number of bytes."""
-    units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+    units = {
+        "": 1,
+        "b": 1,
+        "kb": 10**3,
+        "mb": 10**6,
+        "gb": 10**9,
+        "kib": 1 << 10,
+        "mib": 1 << 20,
+        "gib": 1 << 30,
+    }
     number = text.rstrip("bBkKmMgGiI ")
     unit = text[len(number) :].strip().lower()
     try:
         return int(float(number) * units[unit if unit in ("", "b") or unit.endswith("b") else unit + "b"])
     except (ValueError, KeyError):
-        raise BadInput(f"{text!r} is not a size", hint="Write it as 900MB, 1.5GB or a number of bytes.") from None
+        raise BadInput(
+            f"{text!r} is not a size", hint="Write it as 900MB, 1.5GB or a number of bytes."
+        ) from None
 
 
 def read_text(path: Path) -> str:

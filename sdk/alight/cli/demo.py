@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 SOURCE = "builtin:smollm2"
 NAME = "smollm2:demo"
-QUESTION = "Name three things that a lighthouse keeper does every evening."
+QUESTION = "Give me three tips for a good night's sleep."
 
 
 def command(

@@ -21,7 +21,8 @@ def command(
         typer.Option(help="The source model: also measure KL and agreement.", autocompletion=complete_model),
     ] = None,
     text: Annotated[
-        Path | None, typer.Option(help="Measure on this text file; by default on text the (source) model writes.")
+        Path | None,
+        typer.Option(help="Measure on this text file; by default on text the (source) model writes."),
     ] = None,
     tokens: Annotated[int, typer.Option(help="How many tokens to measure on.", min=32)] = 2048,
     target: Annotated[str, typer.Option(help="The runtime that loads the models.")] = "auto",

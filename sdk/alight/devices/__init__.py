@@ -8,9 +8,19 @@ from __future__ import annotations
 
 from alight.devices.boards import profile, profiles
 from alight.devices.device import ACCELERATOR_KINDS, Accelerator, Device
-from alight.devices.probe import probe
 
 __all__ = ["ACCELERATOR_KINDS", "Accelerator", "Device", "probe", "profile", "profiles", "resolve"]
+
+
+def probe() -> Device:
+    """Measure this machine: memory, cores, instruction sets, speed of memory and arithmetic, accelerators.
+
+    Takes about two seconds. Never raises: what cannot be found out is None, or an estimate that `sources`
+    calls one.
+    """
+    from alight.devices import machine  # NumPy and psutil are only needed here
+
+    return machine.probe()
 
 
 def resolve(name: str) -> Device:

@@ -230,7 +230,7 @@ class _Browser:
         with self._changed:
             return self._changed.wait_for(lambda: choose(self.peers()), timeout)
 
-    def _heard(self, zeroconf: Zeroconf, service_type: str, name: str, state_change: Any) -> None:  # noqa: ARG002
+    def _heard(self, zeroconf: Zeroconf, service_type: str, name: str, state_change: Any) -> None:
         # The parameters' names are fixed by zeroconf, which also calls this in a thread of its own.
         if state_change.name == "Removed":
             with self._changed:

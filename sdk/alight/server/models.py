@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 
-from alight import plugins
+from alight import api
 from alight.artifact import Artifact
 from alight.errors import BadInput, EngineError, ModelNotFound, StoreError
 from alight.store import DIGEST, Store, normal_name, short_name
@@ -172,11 +172,12 @@ class Models:
         if self._closed:
             raise EngineError("the server is shutting down")
         artifact = self._stored(full)
-        target = plugins.choose_target(artifact) if self._target == "auto" else plugins.target(self._target)
         started = time.monotonic()
-        model = target.load(artifact, self._options)
+        model = api.load_artifact(artifact, self._options, target=self._target)
         slot.artifact, slot.model = artifact, model
-        log.info("loaded %s with target %s in %.1f s", artifact.name, target.name, time.monotonic() - started)
+        log.info(
+            "loaded %s with target %s in %.1f s", artifact.name, model.info.target, time.monotonic() - started
+        )
         return model
 
     def _unload(self, slot: _Slot) -> None:

@@ -205,7 +205,7 @@ class StreamedAnswer(Response):
         self.background = None
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self.answer:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             try:

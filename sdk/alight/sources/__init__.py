@@ -12,15 +12,16 @@ safetensors gives its checkpoint, and one with GGUFs its only one, or its Q4_K_M
 from __future__ import annotations
 
 import contextlib
+import importlib
 import re
 
 from alight.errors import BadInput
-from alight.sources import builtin, hub, huggingface, local, modelscope
+from alight.sources import builtin, local
 from alight.sources.fetched import Fetched, Progress
 
 __all__ = ["Fetched", "Progress", "exclusive", "fetch", "is_source"]
 
-_HUBS = {"hf": huggingface.fetch, "modelscope": modelscope.fetch}
+_HUBS = {"hf": "huggingface", "modelscope": "modelscope"}  # scheme -> its module, loaded when it is used
 _SCHEMES = ("builtin:", *(f"{hub_scheme}://" for hub_scheme in _HUBS))
 
 
@@ -50,7 +51,9 @@ def fetch(source: str, *, progress: Progress | None = None) -> Fetched:
     scheme = _scheme(source)
     if scheme is None:
         return local.fetch(source)
-    return _HUBS[scheme](source, progress or _no_progress)
+    module = importlib.import_module(f"alight.sources.{_HUBS[scheme]}")
+    fetched: Fetched = module.fetch(source, progress or _no_progress)
+    return fetched
 
 
 def is_source(text: str) -> bool:
@@ -74,6 +77,8 @@ def exclusive(source: str) -> contextlib.AbstractContextManager[None]:
     """
     if source.startswith("builtin:") or _scheme(source) is None:
         return contextlib.nullcontext()  # nothing is downloaded, so nothing can be moved away
+    from alight.sources import hub
+
     return hub.exclusive(hub.Address.parse(source))
 
 

@@ -64,10 +64,7 @@ class LlamaCppModel(Model):
 
     def generate(self, prompt: str | Sequence[int], sampling: Sampling | None = None) -> Generator[Chunk]:
         sampling = sampling or Sampling()
-        if isinstance(prompt, str):
-            tokens = self.tokenize(prompt, bos=True)
-        else:
-            tokens = self._checked(prompt)
+        tokens = self.tokenize(prompt, bos=True) if isinstance(prompt, str) else self._checked(prompt)
         if not tokens:
             raise BadInput("the prompt is empty", hint="Give at least one token of text.")
         if len(tokens) >= self.info.context:
@@ -83,7 +80,8 @@ class LlamaCppModel(Model):
             if limit == 0:
                 yield Chunk(finish_reason="length", usage=Usage(prompt_tokens=len(prompt)))
                 return
-            self._prefill(context, prompt)
+            for _ in self._prefill(context, prompt):
+                yield Chunk()
             sampler.accept(prompt)
             stream = TextStream(sampling.stop)
             made = 0
@@ -110,8 +108,8 @@ class LlamaCppModel(Model):
             usage = Usage(len(prompt), made, first - started, ended - first)
             yield Chunk(stream.finish(), (), reason, usage)
 
-    def _prefill(self, context: NativeContext, prompt: list[int]) -> None:
-        """Bring the context to hold exactly `prompt`, with logits for its last token."""
+    def _prefill(self, context: NativeContext, prompt: list[int]) -> Generator[None]:
+        """Bring the context to hold exactly `prompt`, with logits for its last token. Yields after each batch."""
         keep = _common(self._cached, prompt)
         keep = min(keep, len(prompt) - 1)  # the last token must run again: its logits are wanted
         if keep < len(self._cached) and not context.forget_from(keep):
@@ -122,6 +120,7 @@ class LlamaCppModel(Model):
             part = prompt[at : at + context.batch]
             context.decode(part, at)
             self._cached += part
+            yield
 
     def score(self, tokens: Sequence[int], *, distribution: bool = False) -> Scores:
         ids = self._checked(tokens)
@@ -193,4 +192,5 @@ def _common(a: list[int], b: list[int]) -> int:
 
 def _log_softmax(logits: FloatArray) -> FloatArray:
     shifted: FloatArray = logits - logits.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    logp: FloatArray = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return logp
