@@ -31,19 +31,41 @@ KV_TYPES = ("f16", "q8_0", "q4_0")
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is chosen. `temperature=0` is greedy and needs no seed."""
+    """How the next token is chosen, and what else of the engine a request uses.
+
+    `temperature=0` is greedy and needs no seed. The names are llama.cpp's.
+    """
 
     max_tokens: int | None = None  # None: until the model stops or the context is full
     temperature: float = 0.8
     top_k: int = 40  # 0: off
     top_p: float = 0.95
     min_p: float = 0.05
+    typical_p: float = 1.0
     repeat_penalty: float = 1.0
     repeat_last_n: int = 64
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    dry_multiplier: float = 0.0  # 0: off
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = -1  # -1: whole context
+    dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
+    xtc_probability: float = 0.0  # 0: off
+    xtc_threshold: float = 0.1
+    mirostat: int = 0  # 1 or 2: replaces top_k, top_p, min_p and typical_p
+    mirostat_tau: float = 5.0
+    mirostat_eta: float = 0.1
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit); -inf forbids it
     seed: int | None = None  # None: another one each time
     stop: tuple[str, ...] = ()
+    ignore_eos: bool = False  # go on to max_tokens; for measurements
+    logprobs: int | None = None  # None: none; N: of each chosen token and of the N likeliest at its place
+    grammar: str = ""  # GBNF that the text must follow
+    json_schema: str = ""  # JSON Schema (as JSON text) that the text must follow; "{}" is any object
+    adapters: tuple[
+        tuple[str, float], ...
+    ] = ()  # LoRA adapters by the name they were loaded under, and scale
 
     def __post_init__(self) -> None:
         def need(ok: bool, name: str, want: str) -> None:
@@ -59,6 +81,19 @@ class Sampling:
         need(abs(self.presence_penalty) <= 100, "presence_penalty", "between -100 and 100")
         need(abs(self.frequency_penalty) <= 100, "frequency_penalty", "between -100 and 100")
         need(self.repeat_last_n >= -1, "repeat_last_n", "-1 (whole context), 0 (off) or more")
+        need(0 < self.typical_p <= 1, "typical_p", "above 0 and at most 1")
+        need(0 <= self.dry_multiplier <= 100, "dry_multiplier", "between 0 (off) and 100")
+        need(1 <= self.dry_base <= 100, "dry_base", "between 1 and 100")
+        need(self.dry_allowed_length >= 0, "dry_allowed_length", "0 or more")
+        need(self.dry_penalty_last_n >= -1, "dry_penalty_last_n", "-1 (whole context), 0 (off) or more")
+        need(0 <= self.xtc_probability <= 1, "xtc_probability", "between 0 and 1")
+        need(0 <= self.xtc_threshold <= 1, "xtc_threshold", "between 0 and 1")
+        need(self.mirostat in (0, 1, 2), "mirostat", "0 (off), 1 or 2")
+        need(0 < self.mirostat_tau <= 100, "mirostat_tau", "above 0 and at most 100")
+        need(0 < self.mirostat_eta <= 1, "mirostat_eta", "above 0 and at most 1")
+        need(all(b == b for _, b in self.logit_bias), "logit_bias", "pairs of a token id and a number")
+        need(self.logprobs is None or 0 <= self.logprobs <= 100, "logprobs", "between 0 and 100")
+        need(not (self.grammar and self.json_schema), "grammar", "empty where json_schema is given")
         need(all(self.stop), "stop", "strings that are not empty")
 
     @classmethod
@@ -77,19 +112,39 @@ class Sampling:
 class LoadOptions:
     """How a model is loaded.
 
-    `context` is in tokens; None takes the trained length, shrunk to what fits. `threads` None takes the
-    number of physical cores.
+    Attributes:
+        context: tokens that the KV cache holds: the longest single conversation, and what all concurrent
+            ones share. None takes the trained length up to 4096, shrunk to what fits.
+        slots: sequences decoded at once; more requests wait.
+        threads: None takes the number of physical cores.
+        shift: when a conversation fills the context, drop its oldest half and go on, instead of ending.
+        lookup: speculative decoding by prompt lookup: draft this many tokens at most from the text so far; 0 is off.
+        draft: a GGUF of a smaller model with the same vocabulary, for speculative decoding.
+        adapters: LoRA adapters (GGUF) by the name that requests choose them by.
+        projector: a GGUF of the vision projector, for models that see.
+        prompt_cache: a folder where the KV state of long prompts is kept across restarts; None keeps none.
     """
 
     context: int | None = None
+    slots: int = 32
     threads: int | None = None
     kv_type: str = "f16"
     flash_attention: bool = True
     mmap: bool = True  # map the weights from the file: faster to load, and the system can drop pages
+    shift: bool = False
+    lookup: int = 0
+    draft: str | None = None
+    adapters: tuple[tuple[str, str], ...] = ()
+    projector: str | None = None
+    prompt_cache: str | None = None
 
     def __post_init__(self) -> None:
         if self.context is not None and self.context < 8:
             raise BadInput(f"context is {self.context}", hint="It must be 8 tokens or more.")
+        if not 1 <= self.slots <= 128:
+            raise BadInput(f"slots is {self.slots}", hint="It must be between 1 and 128.")
+        if not 0 <= self.lookup <= 32:
+            raise BadInput(f"lookup is {self.lookup}", hint="It must be between 0 (off) and 32 tokens.")
         if self.threads is not None and self.threads < 1:
             raise BadInput(f"threads is {self.threads}", hint="It must be 1 or more.")
         if self.kv_type not in KV_TYPES:
@@ -104,12 +159,26 @@ class Usage:
     completion_tokens: int = 0
     prompt_seconds: float = 0.0
     decode_seconds: float = 0.0
+    cached_tokens: int = 0  # of the prompt, found in the KV cache
+    drafted_tokens: int = 0  # by speculative decoding
+    accepted_tokens: int = 0  # of the drafted ones
 
     @property
     def tokens_per_second(self) -> float:
         """Decode speed: the first token belongs to the prompt's time."""
         later = self.completion_tokens - 1
         return later / self.decode_seconds if later > 0 and self.decode_seconds > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One chosen token with its log-probability (natural log, before temperature and truncation), and the
+    likeliest tokens at its place as (token, text, logprob), best first. `text` need not end on a character."""
+
+    token: int
+    text: bytes
+    logprob: float
+    top: tuple[tuple[int, bytes, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +190,7 @@ class Chunk:
     tokens: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()  # of `tokens`, where they were asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +201,7 @@ class Completion:
     tokens: tuple[int, ...]
     finish_reason: FinishReason
     usage: Usage
+    logprobs: tuple[TokenLogprob, ...] = ()
 
     def __str__(self) -> str:
         return self.text
@@ -140,11 +211,14 @@ class Completion:
         """Collect a stream of chunks."""
         text: list[str] = []
         tokens: list[int] = []
+        logprobs: list[TokenLogprob] = []
         last = Chunk(finish_reason="stop", usage=Usage())
         for last in chunks:
             text.append(last.text)
             tokens.extend(last.tokens)
-        return cls("".join(text), tuple(tokens), last.finish_reason or "stop", last.usage or Usage())
+            logprobs.extend(last.logprobs)
+        usage = last.usage or Usage()
+        return cls("".join(text), tuple(tokens), last.finish_reason or "stop", usage, tuple(logprobs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,9 +291,26 @@ class Model(ABC):
     def close(self) -> None:
         """Free the model. Safe to call twice; any other call after it is an EngineError."""
 
-    def embed(self, texts: Sequence[str]) -> FloatArray:
-        """Unit-length embeddings, shape (len(texts), width), where the target can."""
+    def embed(self, texts: Sequence[str], *, pooling: str = "") -> FloatArray:
+        """Unit-length embeddings, shape (len(texts), width), where the target can.
+
+        Args:
+            pooling: "mean", "cls" or "last"; by default what the model was trained for, else mean.
+
+        Raises:
+            BadInput: an empty text. ContextExceeded: a text that does not fit.
+        """
         raise Unsupported(f"target {self.info.target!r} does not embed", hint="Use the cpu target.")
+
+    def rerank(self, query: str, documents: Sequence[str]) -> list[float]:
+        """How well each document answers the query; higher is better. Without a trained ranking head it is
+        the cosine of the embeddings."""
+        vectors = self.embed([query, *documents])
+        return [float(x) for x in vectors[1:] @ vectors[0]]
+
+    def metrics(self) -> dict[str, float]:
+        """Counters and gauges of this model, by Prometheus-style names; empty where the target keeps none."""
+        return {}
 
     def complete(self, prompt: str | Sequence[int], **options: Any) -> Completion:
         """Continue a prompt and return the whole answer. Options are those of Sampling."""

@@ -20,6 +20,7 @@ from alight.lan.client import RemoteServer, connect
 from alight.lan.discovery import Advertisement, _Browser, advertise, browse, find
 from alight.lan.identity import device_id
 from alight.lan.mdns import SERVICE, addresses_of
+from alight.target import Sampling
 
 zeroconf = pytest.importorskip("zeroconf")
 
@@ -342,7 +343,10 @@ def test_complete(server: Server) -> None:
     with RemoteServer(server.url) as remote:
         assert str(remote.model("first").complete("Once", max_tokens=5)) == "Héllo"
         assert [c.text for c in remote.model("first").generate([1, 2])] == ["Hé", "llo", ""]
-    assert [s["prompt"] for s in server.seen] == ["Once", [1, 2]]
+        list(remote.model("first").generate("Once", Sampling(seed=3, stop=("x",))))
+    assert [s["prompt"] for s in server.seen] == ["Once", [1, 2], "Once"]
+    assert {"seed": 3, "stop": ["x"]}.items() <= server.seen[2].items()
+    assert "top_k" not in server.seen[2]
 
 
 def test_wrong_options_are_refused_before_any_request(server: Server) -> None:

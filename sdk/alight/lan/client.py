@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import httpx
@@ -175,11 +176,15 @@ class RemoteModel:
         return chunks if stream else Completion.of(chunks)
 
     def complete(self, prompt: str | Sequence[int], **options: Any) -> Completion:
-        """Continue a prompt and return the whole answer."""
-        return Completion.of(self.generate(prompt, **options))
+        """Continue a prompt and return the whole answer. Options are those of Sampling."""
+        return Completion.of(self._continue(prompt, options))
 
-    def generate(self, prompt: str | Sequence[int], **options: Any) -> Generator[Chunk]:
+    def generate(self, prompt: str | Sequence[int], sampling: Sampling | None = None) -> Generator[Chunk]:
         """Continue a prompt, as a stream."""
+        given = [f for f in fields(Sampling) if sampling and getattr(sampling, f.name) != f.default]
+        return self._continue(prompt, {f.name: getattr(sampling, f.name) for f in given})
+
+    def _continue(self, prompt: str | Sequence[int], options: dict[str, Any]) -> Generator[Chunk]:
         prompt = prompt if isinstance(prompt, str) else list(prompt)
         return self._ask("/v1/completions", {"prompt": prompt}, options)
 
