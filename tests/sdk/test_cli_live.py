@@ -15,6 +15,7 @@ from test_cli_support import COMMAND, LIMIT, Serving, Terminal, environment, fai
 
 from alight.errors import RemoteError
 from alight.lan.client import RemoteServer, connect
+from alight.lan.discovery import find
 from alight.store import Store
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -86,6 +87,7 @@ def test_serve_is_found_by_name_and_says_goodbye(pulled: str) -> None:
     with Serving("--target", "echo", "--name", name) as server:
         with connect(name, timeout=30) as remote:
             assert remote.url == server.url
+            assert len(find(name, 30).properties["models"]) == 16
             assert str(remote.chat(HELLO)) == "hello"
         code, _, errors = server.stop()
     assert code == 0

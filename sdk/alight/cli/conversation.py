@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import fields
+from types import FrameType
 from typing import Any
 
 from prompt_toolkit import PromptSession
@@ -73,23 +76,27 @@ class Conversation:
                     self._obey(text)
                 elif text:
                     self._answer(text)
+            except KeyboardInterrupt:  # a second one, while an answer did not stop at the first
+                console.print("(stopped)", style="dim")
             except AlightError as error:
                 say_error(error)
 
     def _answer(self, text: str) -> None:
         start = [{"role": "system", "content": self.system}] if self.system else []
         asked = [*self.messages, {"role": "user", "content": text}]
-        said: list[str] = []
-        try:
-            with closing(self.model.chat([*start, *asked], stream=True, **self.sampling)) as chunks:
-                usage = print_answer(_noted(chunks, said)).usage
-        except KeyboardInterrupt:  # stops the answer, not the chat
+        with (
+            _ctrl_c() as stopped,
+            closing(self.model.chat([*start, *asked], stream=True, **self.sampling)) as chunks,
+        ):
+            answer = print_answer(_until(stopped, chunks))
+        if stopped.is_set():
             console.print("(stopped)", style="dim")
         else:
+            usage = answer.usage
             line = usage_line(usage) if self.stats else f"{usage.tokens_per_second:.1f} tok/s"
             console.print(line, style="dim")
-        if answer := "".join(said):
-            self.messages = [*asked, {"role": "assistant", "content": answer}]
+        if answer.text:  # also of one that was stopped: people refer to it
+            self.messages = [*asked, {"role": "assistant", "content": answer.text}]
 
     def _obey(self, text: str) -> None:
         verb, _, rest = text.partition(" ")
@@ -153,11 +160,31 @@ def _parsed(name: str, text: str) -> str | float:
         raise BadInput(f"{name} is {text!r}", hint=f"It must be {kind}.") from None
 
 
-def _noted(chunks: Iterable[Chunk], said: list[str]) -> Iterator[Chunk]:
-    """The same chunks, with their texts put down in `said`: an answer that is stopped has those."""
+@contextmanager
+def _ctrl_c() -> Iterator[threading.Event]:
+    """While the block lasts, the first Ctrl-C only sets the event, so that no engine is torn out of its work.
+
+    The second one is a KeyboardInterrupt.
+    """
+    pressed = threading.Event()
+
+    def handler(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        if pressed.is_set():
+            raise KeyboardInterrupt
+        pressed.set()
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _until(stopped: threading.Event, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
     for chunk in chunks:
-        said.append(chunk.text)
         yield chunk
+        if stopped.is_set():
+            return
 
 
 def _history() -> History:

@@ -12,7 +12,7 @@ import typer
 from rich.text import Text
 
 from alight import api
-from alight.artifact import Artifact
+from alight.artifact import Artifact, canonical, digest_of
 from alight.cli.describe import one_line
 from alight.cli.output import complete_model, console, err, progress, say_warning
 from alight.errors import AlightError, MissingExtra, ModelNotFound
@@ -62,10 +62,9 @@ def command(
     announcer = _Announcer(device, host)
 
     def ready(url: str) -> None:
-        port_taken = urlsplit(url).port or port
-        _greet(models, host, port_taken, bool(api_key))
+        _greet(models, host, url, bool(api_key))
         if not no_advertise:
-            announcer.start(port_taken)
+            announcer.start(urlsplit(url).port or port, _digest(models))
 
     with Models(store, target=target) as models:
         for artifact in loose:  # a file that is in no store is served as it lies
@@ -127,11 +126,14 @@ def _load(artifact: Artifact, target: str) -> Model:
 # -- telling people --------------------------------------------------------------------------------
 
 
-def _greet(models: Models, host: str, port: int, has_key: bool) -> None:
+def _greet(models: Models, host: str, url: str, has_key: bool) -> None:
     from alight.lan.mdns import addresses_of, is_loopback
 
-    local = is_loopback(host)
-    urls = [f"http://[{a}]:{port}" if ":" in a else f"http://{a}:{port}" for a in addresses_of(host)]
+    local, port = is_loopback(host), urlsplit(url).port
+    try:
+        urls = [f"http://[{a}]:{port}" if ":" in a else f"http://{a}:{port}" for a in addresses_of(host)]
+    except AlightError:  # no network now
+        urls = [url]
     console.print(Text(f"alight serves at {' and '.join(urls)}"), soft_wrap=True)
     for offer in models.list():
         line = one_line(offer.artifact) if offer.artifact else offer.name
@@ -142,6 +144,12 @@ def _greet(models: Models, host: str, port: int, has_key: bool) -> None:
         say_warning("anyone on this network can use it: start it with --api-key SECRET to prevent that")
     if console.is_terminal and not local:  # a phone cannot reach a loopback address
         _show_qr(urls[0])
+
+
+def _digest(models: Models) -> str:
+    """Changes when the list of models does."""
+    listed = [[offer.name, offer.artifact.digest if offer.artifact else ""] for offer in models.list()]
+    return digest_of(canonical(listed)).removeprefix("sha256:")[:16]
 
 
 def _show_qr(url: str) -> None:
@@ -159,8 +167,10 @@ class _Announcer:
         self._thread: threading.Thread | None = None
         self._advertisement: Advertisement | None = None
 
-    def start(self, port: int) -> None:
-        self._thread = threading.Thread(target=self._announce, args=(port,), name="announce", daemon=True)
+    def start(self, port: int, models_digest: str) -> None:
+        self._thread = threading.Thread(
+            target=self._announce, args=(port, models_digest), name="announce", daemon=True
+        )
         self._thread.start()
 
     def close(self) -> None:
@@ -169,11 +179,11 @@ class _Announcer:
         if self._advertisement:
             self._advertisement.close()
 
-    def _announce(self, port: int) -> None:
+    def _announce(self, port: int, models_digest: str) -> None:
         from alight.lan.discovery import advertise
 
         try:
-            self._advertisement = advertise(self._device, port, host=self._host)
+            self._advertisement = advertise(self._device, port, host=self._host, models_digest=models_digest)
         except AlightError as error:
             say_warning(f"others do not find this server by name: {error.message}")
             return
