@@ -7,7 +7,18 @@ import sys
 
 import alight
 
-HEAVY = ("fastapi", "uvicorn", "torch", "transformers", "onnx", "llama_cpp", "numpy", "pydantic", "httpx", "zeroconf")
+HEAVY = (
+    "fastapi",
+    "uvicorn",
+    "torch",
+    "transformers",
+    "onnx",
+    "llama_cpp",
+    "numpy",
+    "pydantic",
+    "httpx",
+    "zeroconf",
+)
 
 
 def test_import_loads_no_engine_and_no_framework() -> None:
