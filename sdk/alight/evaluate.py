@@ -107,7 +107,8 @@ def sample_text(
 ) -> list[list[int]]:
     """Windows of text that the source model writes itself: nothing to download, and in its own distribution.
 
-    Seeded: the same model and seed give the same text on the same machine.
+    Seeded: the same model, freshly loaded, and seed give the same text on the same machine. (A prompt that is
+    in the KV cache already is computed in other batches, which round differently.)
     """
     window = min(WINDOW, source.info.context)
     count = max(1, tokens // window)
