@@ -18,6 +18,7 @@ from alight.errors import BadInput, DoesNotFit, InvalidModelFile, nearest
 from alight.gguf import TYPES, GGUFHeader
 
 BATCH = 512  # tokens per prefill step of the llama.cpp target: sets the compute buffers
+OUTPUTS = 32  # rows of logits: one per sequence that the engine keeps
 DEFAULT_CONTEXT = 4096
 SMALLEST_CONTEXT = 512
 RESERVE = 0.08  # share of the free memory that is left to the system
@@ -292,8 +293,8 @@ def quantized(shape: Shape, name: str) -> Shape:
 # -- memory ------------------------------------------------------------------------------------------
 
 
-def memory(shape: Shape, *, context: int, kv_type: str = "f16", outputs: int = 1) -> Memory:
-    """Bytes that a model takes once loaded with a KV cache of `context` tokens."""
+def memory(shape: Shape, *, context: int, kv_type: str = "f16", outputs: int = OUTPUTS) -> Memory:
+    """Bytes that a model takes once loaded with a KV cache of `context` tokens and rows for `outputs` logits."""
     kv = 2 * shape.layers * shape.kv_width * context * KV_BYTES[kv_type]
     per_token = 4 * (2 * shape.ffn + 6 * shape.hidden + 2 * shape.kv_width) + 2 * context
     compute = min(BATCH, context) * per_token + 2 * 4 * outputs * shape.vocabulary
@@ -301,7 +302,9 @@ def memory(shape: Shape, *, context: int, kv_type: str = "f16", outputs: int = 1
     return Memory(shape.weight_bytes, int(kv), int(compute), runtime)
 
 
-def fit_context(shape: Shape, wanted: int | None, available: int, *, kv_type: str = "f16") -> int:
+def fit_context(
+    shape: Shape, wanted: int | None, available: int, *, kv_type: str = "f16", outputs: int = OUTPUTS
+) -> int:
     """The context to load with: `wanted`, or as much of the default as fits into `available` bytes.
 
     Raises:
@@ -309,9 +312,9 @@ def fit_context(shape: Shape, wanted: int | None, available: int, *, kv_type: st
     """
     usable = int(available * (1 - RESERVE))
     context = wanted or min(DEFAULT_CONTEXT, shape.trained_context or DEFAULT_CONTEXT)
-    while memory(shape, context=context, kv_type=kv_type).total > usable:
+    while memory(shape, context=context, kv_type=kv_type, outputs=outputs).total > usable:
         if wanted or context // 2 < SMALLEST_CONTEXT:
-            needed = memory(shape, context=context, kv_type=kv_type).total
+            needed = memory(shape, context=context, kv_type=kv_type, outputs=outputs).total
             raise DoesNotFit(f"{shape.architecture} with a context of {context} tokens", needed, usable)
         context //= 2
     return context

@@ -66,6 +66,7 @@ class Sampling:
     adapters: tuple[
         tuple[str, float], ...
     ] = ()  # LoRA adapters by the name they were loaded under, and scale
+    keep_special: tuple[str, ...] = ()  # control tokens that are shown in the text, such as "<tool_call>"
 
     def __post_init__(self) -> None:
         def need(ok: bool, name: str, want: str) -> None:
@@ -126,7 +127,7 @@ class LoadOptions:
     """
 
     context: int | None = None
-    slots: int = 32
+    slots: int = 16
     threads: int | None = None
     kv_type: str = "f16"
     flash_attention: bool = True
@@ -337,7 +338,10 @@ class Model(ABC):
 
     def chat_tokens(self, messages: Sequence[Message]) -> list[int]:
         """The token ids that `chat` feeds the model."""
-        pieces = self.template.render(messages)
+        return self.prompt_tokens(self.template.render(messages))
+
+    def prompt_tokens(self, pieces: Sequence[str]) -> list[int]:
+        """The token ids of a rendered prompt (see `ChatTemplate.render`)."""
         bos = self.template.bos
         tokens = self.tokenize(pieces[0], bos=not (bos and pieces[0].startswith(bos)), special=True)
         for piece in pieces[1:]:

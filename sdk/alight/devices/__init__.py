@@ -9,7 +9,16 @@ from __future__ import annotations
 from alight.devices.boards import profile, profiles
 from alight.devices.device import ACCELERATOR_KINDS, Accelerator, Device
 
-__all__ = ["ACCELERATOR_KINDS", "Accelerator", "Device", "probe", "profile", "profiles", "resolve"]
+__all__ = [
+    "ACCELERATOR_KINDS",
+    "Accelerator",
+    "Device",
+    "available_memory",
+    "probe",
+    "profile",
+    "profiles",
+    "resolve",
+]
 
 
 def probe() -> Device:
@@ -21,6 +30,13 @@ def probe() -> Device:
     from alight.devices import machine  # NumPy and psutil are only needed here
 
     return machine.probe()
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take: free memory, within the limits of its container and of itself."""
+    from alight.devices import machine
+
+    return machine.available_memory()
 
 
 def resolve(name: str) -> Device:

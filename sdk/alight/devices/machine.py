@@ -107,3 +107,15 @@ def _read(path: Path) -> str:
         return path.read_text(errors="replace")
     except OSError:
         return ""
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take: free memory, within the limits of its container and of itself."""
+    available = _memory()[1]
+    if sys.platform != "win32":
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if limit != resource.RLIM_INFINITY:
+            available = min(available, max(0, limit - psutil.Process().memory_info().vms))
+    return available

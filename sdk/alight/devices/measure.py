@@ -19,6 +19,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from alight import openmp
+
 log = logging.getLogger(__name__)
 
 MEASURED = "measured"
@@ -151,6 +153,7 @@ class _Ggml:
     """The few functions of ggml that a matrix product needs, from the library that llama_cpp ships."""
 
     def __init__(self) -> None:
+        openmp.calm()
         from llama_cpp._ctypes_extensions import load_shared_library
         from llama_cpp._ggml import libggml, libggml_base_path
 

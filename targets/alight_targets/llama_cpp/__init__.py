@@ -6,10 +6,13 @@ import importlib.util
 
 import psutil
 
+from alight import devices, openmp
 from alight.artifact import Artifact
 from alight.errors import BadInput
 from alight.planner import fit_context, shape_of_gguf
 from alight.target import Availability, LoadOptions, Model, Target
+
+openmp.calm()  # before any module here loads llama.cpp
 
 
 class CpuTarget(Target):
@@ -26,7 +29,7 @@ class CpuTarget(Target):
         return Availability(True, "llama-cpp-python is installed")
 
     def load(self, artifact: Artifact, options: LoadOptions) -> Model:
-        from alight_targets.llama_cpp.model import LlamaCppModel
+        from alight_targets.llama_cpp.model import KEPT, LlamaCppModel
 
         shape = shape_of_gguf([artifact.header()])
         wanted = options.context
@@ -35,7 +38,10 @@ class CpuTarget(Target):
                 f"context {wanted} is longer than the {shape.trained_context} tokens {artifact.name!r} was trained for",
                 hint=f"Use --context {shape.trained_context} or less.",
             )
-        context = fit_context(shape, wanted, psutil.virtual_memory().available, kv_type=options.kv_type)
+        outputs = options.slots + KEPT
+        context = fit_context(
+            shape, wanted, devices.available_memory(), kv_type=options.kv_type, outputs=outputs
+        )
         threads = options.threads or psutil.cpu_count(logical=False) or 1
         return LlamaCppModel(artifact, options, context=context, threads=threads, target=self.name)
 

@@ -1,26 +1,31 @@
-"""The Model contract on llama.cpp: one sequence at a time, re-using the prompt's common beginning."""
+"""The Model contract on llama.cpp: requests go to the scheduler, and their chunks come back by queue."""
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Generator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from alight.artifact import Artifact
 from alight.chat import ChatTemplate
-from alight.errors import BadInput, ContextExceeded, EngineError
-from alight.target import Chunk, FinishReason, LoadOptions, Model, ModelInfo, Sampling, Scores, Usage
+from alight.errors import AlightError, BadInput, ContextExceeded, EngineError
+from alight.planner import BATCH
+from alight.target import Chunk, LoadOptions, Model, ModelInfo, Sampling, Scores, Usage
 from alight.text import TextStream
+from alight_targets.llama_cpp.embed import embed
 from alight_targets.llama_cpp.native import NativeContext, NativeModel
+from alight_targets.llama_cpp.prompt_cache import PromptCache
+from alight_targets.llama_cpp.request import Adapters, Request
 from alight_targets.llama_cpp.sampler import Sampler
+from alight_targets.llama_cpp.scheduler import Drafter, Scheduler
+from alight_targets.llama_cpp.speculative import DRAFT, DraftModel, PromptLookup
 
 if TYPE_CHECKING:
     from alight.target import FloatArray
 
-BATCH = 512  # tokens per prefill step; also what the planner counts compute buffers for
+KEPT = 16  # finished conversations that stay in the KV cache
 
 
 class LlamaCppModel(Model):
@@ -33,34 +38,45 @@ class LlamaCppModel(Model):
     def __init__(
         self, artifact: Artifact, options: LoadOptions, *, context: int, threads: int, target: str
     ) -> None:
-        self._native = NativeModel(artifact.weights, mmap=options.mmap)
         self._options = options
         self._threads = threads
+        self._native = native = NativeModel(artifact.weights, mmap=options.mmap)
+        self._context: NativeContext | None = None
+        self._draft: DraftModel | None = None
         try:
-            self._context = self._open_context(context, outputs=1)
-        except EngineError:
-            self._native.close()
+            self._adapters = {name: native.adapter(Path(file)) for name, file in options.adapters}
+            guesses = DRAFT if options.draft else options.lookup
+            sequences = options.slots + KEPT
+            self._context = self._open_context(context, options.slots * (1 + guesses), sequences)
+            self._scheduler = Scheduler(
+                native,
+                self._context,
+                limit=context,
+                slots=options.slots,
+                sequences=sequences,
+                drafter=self._drafter(context),
+                prompts=self._prompt_cache(artifact),
+            )
+        except AlightError:
+            self._free()
             raise
-        self._lock = threading.Lock()
-        self._cached: list[int] = []  # the tokens whose keys and values the context holds
-        native = self._native
         self.info = ModelInfo(
             name=artifact.name,
             architecture=artifact.description.architecture,
-            context=self._context.context,
+            context=context,  # llama.cpp's own may be rounded up
             vocabulary=native.vocabulary,
             parameters=native.parameters,
             target=target,
             trained_context=native.trained_context,
-            details={"threads": threads, "kv_type": options.kv_type},
+            details={"threads": threads, "kv_type": options.kv_type, "slots": options.slots},
         )
-        special = artifact.header().metadata
         self.template = ChatTemplate(
             native.chat_template(),
-            bos=native.token_text(special.get("tokenizer.ggml.bos_token_id", -1)),
-            eos=native.token_text(special.get("tokenizer.ggml.eos_token_id", -1)),
+            bos=native.token_text(native.bos),
+            eos=native.token_text(native.eos),
             control_tokens=native.control_tokens(),
         )
+        self._closed = False
 
     def generate(self, prompt: str | Sequence[int], sampling: Sampling | None = None) -> Generator[Chunk]:
         sampling = sampling or Sampling()
@@ -69,58 +85,43 @@ class LlamaCppModel(Model):
             raise BadInput("the prompt is empty", hint="Give at least one token of text.")
         if len(tokens) >= self.info.context:
             raise ContextExceeded(len(tokens) + 1, self.info.context)
-        return self._run(tokens, sampling)
+        request = self._request(tokens, sampling)
+        if request.limit == 0:
+            request.sampler.close()
+            return (c for c in [Chunk(finish_reason="length", usage=Usage(prompt_tokens=len(tokens)))])
+        return self._stream(request)
 
-    def _run(self, prompt: list[int], sampling: Sampling) -> Generator[Chunk]:
-        room = self.info.context - len(prompt)
-        limit = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
-        with self._lock, Sampler(sampling, self._native) as sampler:
-            context = self._opened()
-            started = time.perf_counter()
-            if limit == 0:
-                yield Chunk(finish_reason="length", usage=Usage(prompt_tokens=len(prompt)))
-                return
-            for _ in self._prefill(context, prompt):
-                yield Chunk()
-            sampler.accept(prompt)
-            stream = TextStream(sampling.stop)
-            made = 0
-            reason: FinishReason = "length"
-            first = 0.0
+    def _request(self, tokens: list[int], sampling: Sampling) -> Request:
+        room = self.info.context - len(tokens)
+        wanted = room if sampling.max_tokens is None else sampling.max_tokens
+        shown = {
+            t for text in sampling.keep_special for t in self._native.tokenize(text, bos=False, special=True)
+        }
+        request = Request(
+            tokens,
+            sampling,
+            Sampler(sampling, self._native),
+            TextStream(sampling.stop),
+            limit=wanted if self._options.shift else min(wanted, room),
+            adapters=self._chosen_adapters(sampling),
+            shift=self._options.shift,
+            shown_special=frozenset(shown),
+        )
+        request.sampler.accept_prompt(tokens)
+        return request
+
+    def _stream(self, request: Request) -> Generator[Chunk]:
+        try:
+            self._scheduler.submit(request)
             while True:
-                token = sampler.sample(context)
-                first = first or time.perf_counter()
-                made += 1
-                if self._native.is_end(token):
-                    reason = "stop"
-                    break
-                text = stream.feed(self._native.piece(token))
-                if stream.stopped:
-                    reason = "stop"
-                    yield Chunk(text, (token,))
-                    break
-                yield Chunk(text, (token,))
-                if made == limit:
-                    break
-                context.decode([token], len(self._cached))
-                self._cached.append(token)
-            ended = time.perf_counter()
-            usage = Usage(len(prompt), made, first - started, ended - first)
-            yield Chunk(stream.finish(), (), reason, usage)
-
-    def _prefill(self, context: NativeContext, prompt: list[int]) -> Generator[None]:
-        """Bring the context to hold exactly `prompt`, with logits for its last token. Yields after each batch."""
-        keep = _common(self._cached, prompt)
-        keep = min(keep, len(prompt) - 1)  # the last token must run again: its logits are wanted
-        if keep < len(self._cached) and not context.forget_from(keep):
-            context.clear()
-            keep = 0
-        del self._cached[keep:]
-        for at in range(keep, len(prompt), context.batch):
-            part = prompt[at : at + context.batch]
-            context.decode(part, at)
-            self._cached += part
-            yield
+                chunk = request.out.get()
+                if isinstance(chunk, Exception):
+                    raise chunk
+                yield chunk
+                if chunk.finish_reason:
+                    return
+        finally:
+            request.cancelled = True  # seen by the scheduler before its next step
 
     def score(self, tokens: Sequence[int], *, distribution: bool = False) -> Scores:
         ids = self._checked(tokens)
@@ -128,53 +129,107 @@ class LlamaCppModel(Model):
             raise BadInput(f"score got {len(ids)} tokens", hint="It needs at least two.")
         if len(ids) > self.info.context:
             raise ContextExceeded(len(ids), self.info.context)
-        with self._lock:
-            self._opened()
-            context = self._open_context(len(ids), outputs=BATCH)
-            try:
-                logprobs = np.empty(len(ids) - 1, np.float32)
-                rows = np.empty((len(ids) - 1, self.info.vocabulary), np.float32) if distribution else None
-                for at in range(0, len(ids) - 1, context.batch):
-                    part = ids[at : min(at + context.batch, len(ids) - 1)]
-                    context.decode(part, at, outputs=True)
-                    logp = _log_softmax(context.logits(len(part)))
-                    logprobs[at : at + len(part)] = logp[
-                        np.arange(len(part)), ids[at + 1 : at + 1 + len(part)]
-                    ]
-                    if rows is not None:
-                        rows[at : at + len(part)] = logp
-            finally:
-                context.close()
+        return self._scheduler.call(lambda: self._score(ids, distribution))
+
+    def _score(self, ids: list[int], distribution: bool) -> Scores:
+        context = self._open_context(len(ids), BATCH, 1)
+        try:
+            logprobs = np.empty(len(ids) - 1, np.float32)
+            rows = np.empty((len(ids) - 1, self.info.vocabulary), np.float32) if distribution else None
+            for at in range(0, len(ids) - 1, context.batch):
+                part = ids[at : min(at + context.batch, len(ids) - 1)]
+                count = len(part)
+                context.decode(part, range(at, at + count), [0] * count, [True] * count)
+                logp = _log_softmax(context.all_logits(count))
+                logprobs[at : at + count] = logp[np.arange(count), ids[at + 1 : at + 1 + count]]
+                if rows is not None:
+                    rows[at : at + count] = logp
+        finally:
+            context.close()
         return Scores(tuple(ids), logprobs, rows)
 
+    def embed(self, texts: Sequence[str], *, pooling: str = "") -> FloatArray:
+        ids = [self.tokenize(text, bos=True) for text in texts]
+        return self._scheduler.call(lambda: self._embed(ids, pooling))
+
+    def rerank(self, query: str, documents: Sequence[str]) -> list[float]:
+        if self._native.pooling != "rank":
+            return super().rerank(query, documents)
+        separator = self._native.separator()
+        pairs = [
+            self.tokenize(query, bos=True) + separator + self.tokenize(d) + separator[:1] for d in documents
+        ]
+        return [float(x) for x in self._scheduler.call(lambda: self._embed(pairs, "rank"))[:, 0]]
+
+    def _embed(self, ids: list[list[int]], pooling: str) -> FloatArray:
+        flash = self._options.flash_attention
+        return embed(self._native, ids, pooling=pooling, threads=self._threads, flash_attention=flash)
+
     def tokenize(self, text: str, *, bos: bool = False, special: bool = False) -> list[int]:
-        self._opened()
+        self._check_open()
         return self._native.tokenize(text, bos=bos and self._native.adds_bos, special=special)
 
     def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> bytes:
-        self._opened()
+        self._check_open()
         return self._native.detokenize(self._checked(tokens), special=special)
 
-    def close(self) -> None:
-        with self._lock:
-            self._context.close()
-            self._native.close()
+    def metrics(self) -> dict[str, float]:
+        return self._scheduler.gauges()
 
-    def _open_context(self, context: int, outputs: int) -> NativeContext:
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._scheduler.close()
+            self._free()
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _drafter(self, context: int) -> Drafter | None:
+        if self._options.draft:
+            self._draft = DraftModel(
+                Path(self._options.draft),
+                self._native,
+                context=context,
+                slots=self._options.slots,
+                batch=BATCH,
+                threads=self._threads,
+            )
+            return self._draft
+        return PromptLookup(self._options.lookup) if self._options.lookup else None
+
+    def _prompt_cache(self, artifact: Artifact) -> PromptCache | None:
+        if not self._options.prompt_cache or self._native.recurrent:
+            return None
+        key = (artifact.digest or artifact.name).removeprefix("sha256:")[:24]
+        return PromptCache(Path(self._options.prompt_cache) / f"{key}-{self._options.kv_type}")
+
+    def _chosen_adapters(self, sampling: Sampling) -> Adapters:
+        for name, _ in sampling.adapters:
+            if name not in self._adapters:
+                known = ", ".join(sorted(self._adapters)) or "none"
+                raise BadInput(f"no adapter {name!r} is loaded", hint=f"Loaded: {known}.")
+        return tuple((self._adapters[name], scale) for name, scale in sampling.adapters)
+
+    def _open_context(self, context: int, outputs: int, sequences: int) -> NativeContext:
         return NativeContext(
             self._native,
             context=context,
             batch=BATCH,
             outputs=outputs,
             threads=self._threads,
+            sequences=sequences,
             kv_type=self._options.kv_type,
             flash_attention=self._options.flash_attention,
         )
 
-    def _opened(self) -> NativeContext:
-        if not self._native.pointer:
+    def _free(self) -> None:
+        for part in (self._draft, self._context, self._native):
+            if part:
+                part.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
             raise EngineError(f"model {self.info.name!r} is closed", hint="Load it again.")
-        return self._context
 
     def _checked(self, tokens: Sequence[int]) -> list[int]:
         ids = list(tokens)
@@ -182,12 +237,6 @@ class LlamaCppModel(Model):
         if bad is not None:
             raise BadInput(f"token {bad} is outside the vocabulary of {self.info.vocabulary}")
         return ids
-
-
-def _common(a: list[int], b: list[int]) -> int:
-    """Length of the common beginning."""
-    size = min(len(a), len(b))
-    return next((i for i in range(size) if a[i] != b[i]), size)
 
 
 def _log_softmax(logits: FloatArray) -> FloatArray:

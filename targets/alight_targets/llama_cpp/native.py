@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 from collections import deque
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import llama_cpp as C
 import numpy as np
@@ -23,6 +23,13 @@ from alight.errors import EngineError, InvalidModelFile
 log = logging.getLogger("alight.llama_cpp")
 
 KV_TYPES = {"f16": C.GGML_TYPE_F16, "q8_0": C.GGML_TYPE_Q8_0, "q4_0": C.GGML_TYPE_Q4_0}
+POOLING = {
+    "none": C.LLAMA_POOLING_TYPE_NONE,
+    "mean": C.LLAMA_POOLING_TYPE_MEAN,
+    "cls": C.LLAMA_POOLING_TYPE_CLS,
+    "last": C.LLAMA_POOLING_TYPE_LAST,
+    "rank": C.LLAMA_POOLING_TYPE_RANK,
+}
 _ERROR = 4  # ggml_log_level; llama.cpp's warnings are chatter to a user of alight, so the rest is debug
 
 _complaints: deque[str] = deque(maxlen=4)  # llama.cpp tells what went wrong by its log, not by return code
@@ -39,6 +46,7 @@ def _on_log(level: int, text: bytes, _: ctypes.c_void_p) -> None:
 @cache
 def start() -> None:
     """Initialise llama.cpp once in this process."""
+    os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # an abort should end the process, not start a debugger
     C.llama_log_set(_on_log, ctypes.c_void_p(0))
     C.llama_backend_init()
 
@@ -74,7 +82,19 @@ class NativeModel:
         self.vocabulary = int(C.llama_vocab_n_tokens(self.vocab))
         self.trained_context = int(C.llama_model_n_ctx_train(self.pointer))
         self.parameters = int(C.llama_model_n_params(self.pointer))
+        self.width = int(C.llama_model_n_embd(self.pointer))
+        kinds = {str(number): name for name, number in POOLING.items() if number}
+        self.pooling = kinds.get(self.metadata(f"{self.metadata('general.architecture')}.pooling_type"), "")
+        self.recurrent = bool(
+            C.llama_model_is_recurrent(self.pointer) or C.llama_model_is_hybrid(self.pointer)
+        )
+        self.bos, self.eos = (
+            int(C.llama_vocab_bos(self.vocab)),
+            int(C.llama_vocab_eos(self.vocab)),
+        )  # -1: none
         self.adds_bos = bool(C.llama_vocab_get_add_bos(self.vocab))
+        self.end_tokens = [t for t in range(self.vocabulary) if C.llama_vocab_is_eog(self.vocab, t)]
+        self._ends = frozenset(self.end_tokens)
         self._pieces: dict[tuple[int, bool], bytes] = {}
 
     def metadata(self, key: str) -> str:
@@ -107,6 +127,11 @@ class NativeModel:
             if C.llama_vocab_get_attr(self.vocab, t) & special
         ]
 
+    def separator(self) -> list[int]:
+        """The end of a text and the separator before the next one, as ranking models were trained."""
+        ids = (int(C.llama_vocab_eos(self.vocab)), int(C.llama_vocab_sep(self.vocab)))
+        return [t for t in ids if t >= 0]
+
     def tokenize(self, text: str, *, bos: bool, special: bool) -> list[int]:
         data = text.encode(errors="replace")
         size = len(data) + 8
@@ -138,7 +163,14 @@ class NativeModel:
 
     def is_end(self, token: int) -> bool:
         """Does this token end a generation (end of sequence, of turn, …)?"""
-        return bool(C.llama_vocab_is_eog(self.vocab, token))
+        return token in self._ends
+
+    def adapter(self, file: Path) -> int:
+        """Load a LoRA adapter; it lives as long as the model."""
+        pointer = C.llama_adapter_lora_init(self.pointer, str(file).encode())
+        if not pointer:
+            raise InvalidModelFile(f"llama.cpp cannot load the adapter {file.name}: {complaint()}")
+        return ctypes.cast(pointer, ctypes.c_void_p).value or 0
 
     def close(self) -> None:
         if self.pointer:
@@ -147,12 +179,14 @@ class NativeModel:
 
 
 class NativeContext:
-    """A KV cache and compute buffers over a model.
+    """A KV cache that sequences share cell by cell, and compute buffers, over a model.
 
     Args:
-        context: tokens the KV cache holds.
+        context: tokens the KV cache holds, over all sequences.
         batch: tokens at most in one `decode`.
         outputs: rows of logits at most in one `decode`: the output buffer is this times the vocabulary.
+        sequences: how many there can be; their numbers are 0 to sequences - 1.
+        pooling: "none", "mean", "cls", "last" or "rank" for embeddings instead of logits; "" for logits.
     """
 
     def __init__(
@@ -163,59 +197,130 @@ class NativeContext:
         batch: int,
         outputs: int,
         threads: int,
+        sequences: int = 1,
         kv_type: str = "f16",
         flash_attention: bool = True,
+        pooling: str = "",
     ) -> None:
         params = C.llama_context_default_params()
         params.n_ctx = context
         params.n_batch = params.n_ubatch = min(batch, context)
-        params.n_outputs_max = params.n_outputs_max_per_seq = min(outputs, params.n_batch)
+        params.n_seq_max = sequences
+        params.kv_unified = True
+        params.n_outputs_max = min(
+            max(outputs, sequences), params.n_batch
+        )  # llama.cpp wants one per sequence
+        params.n_outputs_max_per_seq = params.n_outputs_max
         params.n_threads = params.n_threads_batch = threads
         params.type_k = params.type_v = KV_TYPES[kv_type]
         params.flash_attn_type = (
             C.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attention else C.LLAMA_FLASH_ATTN_TYPE_DISABLED
         )
+        if pooling:
+            params.embeddings = True
+            params.pooling_type = POOLING[pooling]
         self.model = model
         self.pointer = C.llama_init_from_model(model.pointer, params)
         if not self.pointer:
             raise EngineError(f"llama.cpp cannot make a context of {context} tokens: {complaint()}")
         self.context = int(C.llama_n_ctx(self.pointer))
         self.batch = int(C.llama_n_batch(self.pointer))
-        self.memory = C.llama_get_memory(self.pointer)
-        self._batch = C.llama_batch_init(self.batch, 0, 1)
+        self.outputs = int(params.n_outputs_max)
+        self._memory = C.llama_get_memory(self.pointer)
+        self._adapters: tuple[tuple[int, float], ...] = ()
+        # The batch lives in NumPy arrays, so that filling it is one assignment per column.
+        self._tokens = np.zeros(self.batch, np.int32)
+        self._positions = np.zeros(self.batch, np.int32)
+        self._sequences = np.zeros(self.batch, np.int32)
+        self._wanted = np.zeros(self.batch, np.int8)
+        self._ones = np.ones(self.batch, np.int32)
+        base, step = self._sequences.ctypes.data, self._sequences.itemsize
+        self._sequence_pointers = np.arange(self.batch, dtype=np.uint64) * step + base
+        self._batch = C.llama_batch(
+            n_tokens=0,
+            token=self._tokens.ctypes.data_as(ctypes.POINTER(C.llama_token)),
+            embd=None,
+            pos=self._positions.ctypes.data_as(ctypes.POINTER(C.llama_pos)),
+            n_seq_id=self._ones.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            seq_id=self._sequence_pointers.ctypes.data_as(ctypes.POINTER(ctypes.POINTER(C.llama_seq_id))),
+            logits=self._wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
 
-    def decode(self, tokens: Sequence[int], position: int, *, outputs: bool | None = None) -> None:
-        """Run tokens of sequence 0, the first at `position`. Logits are kept for the last token, or for
-        all (`outputs=True`)."""
-        b: Any = self._batch
+    def decode(
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        sequences: Sequence[int],
+        wanted: Sequence[bool],
+    ) -> bool:
+        """Run one batch: tokens with their position and sequence; `wanted` says whose output to keep.
+
+        Returns False, with nothing changed, when the KV cache has no room for it.
+        """
         count = len(tokens)
-        b.n_tokens = count
-        for i, token in enumerate(tokens):
-            b.token[i] = token
-            b.pos[i] = position + i
-            b.n_seq_id[i] = 1
-            b.seq_id[i][0] = 0
-            b.logits[i] = bool(outputs)
-        b.logits[count - 1] = True
-        code = int(C.llama_decode(self.pointer, b))
-        if code != 0:
+        self._tokens[:count] = tokens
+        self._positions[:count] = positions
+        self._sequences[:count] = sequences
+        self._wanted[:count] = wanted
+        self._batch.n_tokens = count
+        code = int(C.llama_decode(self.pointer, self._batch))
+        if code not in (0, 1):
             raise EngineError(f"llama.cpp failed to decode {count} tokens (code {code}): {complaint()}")
+        return code == 0
 
-    def logits(self, count: int) -> NDArray[np.float32]:
-        """The logits of the last `decode`, shape (count, vocabulary); a view until the next one."""
+    def logits(self, index: int) -> NDArray[np.float32]:
+        """The logits of batch entry `index` of the last `decode`, shape (vocabulary,); a view until the next one."""
+        pointer = C.llama_get_logits_ith(self.pointer, index)
+        row: NDArray[np.float32] = np.ctypeslib.as_array(pointer, shape=(self.model.vocabulary,))
+        return row
+
+    def all_logits(self, count: int) -> NDArray[np.float32]:
+        """All kept rows of the last `decode`, shape (count, vocabulary); a view until the next one."""
         pointer = C.llama_get_logits(self.pointer)
         rows: NDArray[np.float32] = np.ctypeslib.as_array(pointer, shape=(count, self.model.vocabulary))
         return rows
 
-    def forget_from(self, position: int) -> bool:
-        """Drop cached tokens from `position` on. False where the model's memory cannot do that."""
-        return bool(C.llama_memory_seq_rm(self.memory, 0, position, -1))
+    def embedding(self, sequence: int, width: int) -> NDArray[np.float32]:
+        """The pooled embedding of a sequence of the last `decode`; a copy."""
+        pointer = C.llama_get_embeddings_seq(self.pointer, sequence)
+        if not pointer:
+            raise EngineError("llama.cpp gave no embedding")
+        row: NDArray[np.float32] = np.ctypeslib.as_array(pointer, shape=(width,)).copy()
+        return row
 
-    def clear(self) -> None:
-        C.llama_memory_clear(self.memory, False)
+    def share(self, source: int, target: int, length: int) -> None:
+        """Let sequence `target` begin with the first `length` tokens of `source`, in the same cells."""
+        C.llama_memory_seq_cp(self._memory, source, target, 0, length)
+
+    def forget(self, sequence: int, position: int = 0) -> bool:
+        """Drop a sequence's tokens from `position` on. False where the model's memory cannot do that."""
+        return bool(C.llama_memory_seq_rm(self._memory, sequence, position, -1))
+
+    def use_adapters(self, adapters: tuple[tuple[int, float], ...]) -> None:
+        """Apply these LoRA adapters (pointer, scale) to what is decoded from now on."""
+        if adapters != self._adapters:
+            pointers = (ctypes.c_void_p * len(adapters))(*(p for p, _ in adapters))
+            scales = (ctypes.c_float * len(adapters))(*(s for _, s in adapters))
+            as_expected = ctypes.cast(pointers, ctypes.POINTER(C.llama_adapter_lora_p_ctypes))
+            if C.llama_set_adapters_lora(self.pointer, as_expected, len(adapters), scales) != 0:
+                raise EngineError(f"llama.cpp cannot apply the adapters: {complaint()}")
+            self._adapters = adapters
+
+    def save(self, sequence: int, tokens: Sequence[int], path: Path) -> bool:
+        """Write a sequence's keys and values, and its tokens, to a file."""
+        ids = (C.llama_token * len(tokens))(*tokens)
+        return bool(C.llama_state_seq_save_file(self.pointer, str(path).encode(), sequence, ids, len(tokens)))
+
+    def restore(self, sequence: int, path: Path) -> list[int]:
+        """Read a sequence back; returns its tokens, none if the file does not fit this model or context."""
+        ids = (C.llama_token * self.context)()
+        count = ctypes.c_size_t(0)
+        done = C.llama_state_seq_load_file(
+            self.pointer, str(path).encode(), sequence, ids, self.context, ctypes.byref(count)
+        )
+        return list(ids[: count.value]) if done else []
 
     def close(self) -> None:
         if self.pointer:
-            C.llama_batch_free(self._batch)
             C.llama_free(self.pointer)
             self.pointer = None

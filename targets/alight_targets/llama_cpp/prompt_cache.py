@@ -1,0 +1,80 @@
+"""Keys and values of long shared prompts on disk, so that a system prompt survives a restart."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+
+import numpy as np
+
+from alight_targets.llama_cpp.native import NativeContext
+from alight_targets.llama_cpp.prefix import PrefixIndex
+
+log = logging.getLogger("alight.llama_cpp")
+
+SHORTEST = 64  # tokens; reading fewer again is quicker than a file
+_MOST = 16  # prompts kept per model
+
+
+class PromptCache:
+    """A folder of saved sequences: NAME.kv has the state, NAME.npy its tokens.
+
+    Args:
+        folder: one per model and KV type: the state of one does not fit another.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._index = PrefixIndex()
+        self._files: list[Path] = []
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in sorted(folder.glob("*.npy"), key=lambda f: f.stat().st_mtime):
+            try:
+                tokens = np.load(file, allow_pickle=False).tolist()
+            except (OSError, ValueError) as error:
+                log.warning("a saved prompt is damaged and is removed: %s", error)
+                self._remove(file)
+                continue
+            self._index.insert(len(self._files), tokens)
+            self._files.append(file)
+
+    def longest(self, tokens: list[int]) -> int:
+        """How many of these tokens a saved prompt begins with."""
+        return self._index.longest(tokens)[1]
+
+    def restore(self, context: NativeContext, sequence: int, tokens: list[int]) -> int:
+        """Load the best saved prompt into a sequence; returns how many of `tokens` it holds now."""
+        owner, length = self._index.longest(tokens)
+        if length < SHORTEST:
+            return 0
+        held = context.restore(sequence, self._files[owner].with_suffix(".kv"))
+        if held[:length] != tokens[:length]:
+            context.forget(sequence)
+            return 0
+        context.forget(sequence, length)
+        return length
+
+    def save(self, context: NativeContext, sequence: int, tokens: list[int]) -> None:
+        """Keep a sequence that holds exactly `tokens`. The newest ones are kept."""
+        if len(tokens) < SHORTEST or self.longest(tokens) == len(tokens):
+            return
+        name = hashlib.sha256(np.array(tokens, np.int32).tobytes()).hexdigest()[:24]
+        file, partial = self._folder / f"{name}.npy", self._folder / f"{name}.part"
+        if not context.save(sequence, tokens, partial):
+            log.warning("a prompt could not be saved to %s", self._folder)
+            partial.unlink(missing_ok=True)
+            return
+        partial.rename(file.with_suffix(".kv"))
+        np.save(file, np.array(tokens, np.int32), allow_pickle=False)  # last: it makes the prompt visible
+        self._index.insert(len(self._files), tokens)
+        self._files.append(file)
+        live = [f for f in self._files if f.exists()]
+        for old in live[:-_MOST]:
+            self._index.remove(self._files.index(old))
+            self._remove(old)
+
+    @staticmethod
+    def _remove(file: Path) -> None:
+        file.unlink(missing_ok=True)
+        file.with_suffix(".kv").unlink(missing_ok=True)
