@@ -388,3 +388,11 @@ def test_embeddings_know_what_is_alike(real: Model) -> None:
         real.embed([""])
     scores = real.rerank("Where is the cat?", ["The cat is on the roof.", "Inflation is high."])
     assert scores[0] > scores[1]
+
+
+def test_strings_of_a_schema_have_no_raw_line_breaks() -> None:
+    from alight_targets.llama_cpp.grammar import gbnf_of
+
+    gbnf = gbnf_of(Sampling(json_schema='{"type": "object", "properties": {"a": {"type": "string"}}}'))
+    assert r"\x00-\x1F" in gbnf
+    assert r'[^"\\] ' not in gbnf

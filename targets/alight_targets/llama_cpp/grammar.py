@@ -8,6 +8,8 @@ from functools import lru_cache
 from alight.errors import BadInput
 from alight.target import Sampling
 
+_ANY_CHARACTER, _JSON_CHARACTER = r'[^"\\]', r'[^"\\\x7F\x00-\x1F]'
+
 
 def gbnf_of(sampling: Sampling) -> str:
     """The grammar that a request's text must follow; empty if it may be anything."""
@@ -27,6 +29,7 @@ def _from_schema(schema: str) -> str:
     if not parsed:
         return str(JSON_GBNF)
     try:
-        return str(json_schema_to_gbnf(schema))
+        # The converter lets raw line breaks and other control characters into strings, which is not JSON.
+        return str(json_schema_to_gbnf(schema)).replace(_ANY_CHARACTER, _JSON_CHARACTER)
     except Exception as error:  # the converter raises whatever its code meets
         raise BadInput(f"json_schema cannot be followed: {error!r}", hint="Simplify the schema.") from error

@@ -28,7 +28,7 @@ log = logging.getLogger("alight.llama_cpp")
 
 T = TypeVar("T")
 
-CHUNK_AMONG_OTHERS = 192  # prompt tokens per step while others decode: bounds how long they wait
+CHUNK_AMONG_OTHERS = 96  # prompt tokens per step while others decode: bounds how long they wait
 WORTH_WAITING_FOR = 64  # tokens of a common beginning that another request is just reading
 
 
