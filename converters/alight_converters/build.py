@@ -59,6 +59,9 @@ class GGUFBuilder(Builder):
             artifact = _keep(request, file, report)
         return BuildResult(artifact, tuple(candidates), chosen, reason)
 
+    def convert(self, source: Path, target: Path, quantization: str) -> Path:
+        return quantize(source, target, quantization)
+
 
 def choose(candidates: Sequence[Candidate], request: BuildRequest) -> tuple[Candidate, str]:
     """The fastest candidate that loses no more than `max_kl`; if all lose more, the one that loses least.

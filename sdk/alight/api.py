@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from alight import devices, plugins, sources
 from alight.artifact import ASKED, SOURCE, Artifact, Description
 from alight.errors import BadInput
+from alight.preset import adapters_of
 from alight.store import Store, normal_name
 from alight.target import LoadOptions, Model
 
@@ -45,7 +46,10 @@ def load_artifact(artifact: Artifact, options: LoadOptions | None = None, *, tar
             f"target {chosen.name!r} cannot load {artifact.name!r}, which is {artifact.format}",
             hint=f"It reads: {', '.join(sorted(chosen.formats))}.",
         )
-    return chosen.load(artifact, options or LoadOptions())
+    options = options or LoadOptions()
+    if brought := adapters_of(artifact):
+        options = replace(options, adapters=(*options.adapters, *brought))
+    return chosen.load(artifact, options)
 
 
 def resolve(name: str, *, store: Store | None = None, progress: Progress | None = None) -> Artifact:

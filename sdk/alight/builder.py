@@ -9,10 +9,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from alight.artifact import Artifact
 from alight.devices import Device
+from alight.errors import Unsupported
 from alight.evaluate import Quality, Speed
 from alight.planner import Prediction
 
@@ -86,3 +88,11 @@ class Builder(ABC):
     @abstractmethod
     def build(self, request: BuildRequest, progress: Progress | None = None) -> BuildResult:
         """Build, measure and choose; the chosen artifact is in the store under `request.name`."""
+
+    def convert(self, source: Path, target: Path, quantization: str) -> Path:
+        """Write a weight file anew in another quantization type, and measure nothing. Returns `target`.
+
+        Raises:
+            Unsupported: this builder cannot. BadInput: unknown type. DiskFull: no room.
+        """
+        raise Unsupported(f"{type(self).__name__} does not convert files", hint="Use `alight build`.")

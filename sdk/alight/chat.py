@@ -41,15 +41,29 @@ class ChatTemplate:
         self.source = source
         self.bos = bos
         self.eos = eos
-        texts = sorted({t for t in control_tokens if len(t) > 1}, key=len, reverse=True)
+        self.control_tokens = tuple(control_tokens)
+        texts = sorted({t for t in self.control_tokens if len(t) > 1}, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, texts))) if texts else None
 
-    def render(self, messages: Sequence[Message], *, tools: Sequence[Any] | None = None) -> list[str]:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Any] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        keep_null: bool = False,
+    ) -> list[str]:
         """The prompt that asks for the assistant's next message.
 
         Returns it in pieces, to be tokenized one by one with control tokens recognised. Usually there is
-        one piece. Where a message holds the text of a control token, the prompt is cut inside that text,
-        so that it cannot become the token: a user who types "<|im_end|>" stays a user.
+        one piece. Where a message or tool holds the text of a control token, the prompt is cut inside that
+        text, so that it cannot become the token: a user who types "<|im_end|>" stays a user.
+
+        Args:
+            tools: as OpenAI has them, for templates that know tools.
+            variables: what else the template may ask for, such as `enable_thinking`.
+            keep_null: hand `content: null` on as it is and not as an empty text: some templates tell a
+                message with tool calls by it.
 
         Raises:
             Unsupported: the model has no template. BadInput: a message that is malformed or that the
@@ -60,7 +74,7 @@ class ChatTemplate:
                 "this model has no chat template, so it cannot chat",
                 hint="It is probably a base model: use complete() or /v1/completions with a plain prompt.",
             )
-        clean = [self._disarm(self._checked(m, i)) for i, m in enumerate(messages)]
+        clean = [self._disarm(self._checked(m, i, keep_null)) for i, m in enumerate(messages)]
         if not clean:
             raise BadInput("messages is empty", hint='Give at least {"role": "user", "content": "…"}.')
         from jinja2 import TemplateError
@@ -68,10 +82,11 @@ class ChatTemplate:
         try:
             text = self._template.render(
                 messages=clean,
-                tools=list(tools) if tools else None,
+                tools=[self._disarm(tool) for tool in tools] if tools else None,
                 add_generation_prompt=True,
                 bos_token=self.bos,
                 eos_token=self.eos,
+                **(variables or {}),
             )
         except (TemplateError, TypeError, KeyError) as error:
             raise BadInput(f"the model's chat template refuses these messages: {error}") from error
@@ -92,7 +107,7 @@ class ChatTemplate:
         except TemplateSyntaxError as error:
             raise InvalidModelFile(f"the model's chat template does not compile: {error}") from error
 
-    def _checked(self, message: Message, index: int) -> dict[str, Any]:
+    def _checked(self, message: Message, index: int, keep_null: bool) -> dict[str, Any]:
         if not isinstance(message, Mapping):
             raise BadInput(f"messages[{index}] is {type(message).__name__}", hint="It must be an object.")
         if message.get("role") not in ROLES:
@@ -105,7 +120,10 @@ class ChatTemplate:
             content = "".join(self._text_part(part, index) for part in content)
         if content is not None and not isinstance(content, str):
             raise BadInput(f"messages[{index}].content is {type(content).__name__}", hint="It must be text.")
-        return {**message, "content": content or ""}
+        role = message["role"]
+        if role == "developer" and role not in self.source:
+            role = "system"  # its name before; most templates know only that
+        return {**message, "role": role, "content": content if keep_null else content or ""}
 
     @staticmethod
     def _text_part(part: Any, index: int) -> str:
@@ -122,15 +140,24 @@ class ChatTemplate:
             value = value.replace(_BREAK, "")
             return self._control.sub(lambda m: m[0][0] + _BREAK + m[0][1:], value) if self._control else value
         if isinstance(value, Mapping):
-            return {k: self._disarm(v) for k, v in value.items()}
+            return {self._disarm(k): self._disarm(v) for k, v in value.items()}
         if isinstance(value, (list, tuple)):
             return [self._disarm(v) for v in value]
         return value
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **_: Any) -> str:
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     # Jinja's own filter escapes <, > and & for HTML, which would change the prompt.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+    text = json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+    return text.replace("\\ue0a1", _BREAK) if ensure_ascii else text
 
 
 def _refuse(message: str) -> NoReturn:

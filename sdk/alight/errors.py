@@ -16,6 +16,8 @@
     ├── TargetUnavailable         the runtime is not here; says how it would be
     ├── DoesNotFit                the model needs more memory than there is, with the numbers
     ├── EngineError               the runtime failed while loading or running
+    │   └── EngineCrashed         the process that ran the model is gone
+    ├── Busy                      too many requests wait already; says when to come back
     └── RemoteError               a peer answered with an error
 
 Each message is one or two lines. `hint` is the part that says what to do next.
@@ -158,6 +160,30 @@ class DoesNotFit(AlightError):
 
 class EngineError(AlightError):
     """The runtime failed while loading or running a model."""
+
+
+class EngineCrashed(EngineError):
+    """The process that ran the model ended by itself, or was killed.
+
+    Args:
+        retry_after: seconds until it is started again; 0 if the next request does that.
+    """
+
+    def __init__(self, message: str, *, hint: str = "", retry_after: float = 0.0) -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after = retry_after
+
+
+class Busy(AlightError):
+    """Too many requests wait for a model already.
+
+    Args:
+        retry_after: seconds after which there is probably room.
+    """
+
+    def __init__(self, message: str, *, hint: str = "", retry_after: float = 1.0) -> None:
+        super().__init__(message, hint=hint or f"Try again in {retry_after:.0f} seconds.")
+        self.retry_after = retry_after
 
 
 class RemoteError(AlightError):

@@ -2,7 +2,7 @@
 
     $ALIGHT_HOME/models/
         oci-layout  index.json  blobs/sha256/<hex>     (the OCI image layout)
-        tmp/  lock                                     (ours)
+        uploads/<hex>  tmp/  lock                      (ours)
 
 Nothing half-written is ever visible: a blob is written to tmp/, synced, then renamed; index.json is
 replaced the same way, and it names a model only after all its blobs are in place. One file lock guards
@@ -11,19 +11,17 @@ changes; readers need none.
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
 import logging
 import os
 import re
-import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from alight import paths
 from alight.artifact import (
@@ -40,14 +38,13 @@ from alight.artifact import (
     parse_layers,
     safe_path,
 )
-from alight.errors import BadInput, DigestMismatch, DiskFull, ModelNotFound, StoreError
+from alight.blobs import DIGEST, Blobs, Upload, disk_full_is_ours, hash_file
+from alight.errors import BadInput, ModelNotFound, StoreError
 
 log = logging.getLogger(__name__)
 
 REF = "org.opencontainers.image.ref.name"
-DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _NAME = re.compile(r"[a-z0-9]+(?:[._-]+[a-z0-9]+)*(?:/[a-z0-9]+(?:[._-]+[a-z0-9]+)*)*(?::[\w][\w.-]{0,127})?")
-_CHUNK = 1 << 20
 
 Progress = Callable[[str, int, int], None]  # what, bytes done, bytes in all
 
@@ -83,9 +80,9 @@ class Store:
 
     def __init__(self, root: Path | str | None = None) -> None:
         self.root = Path(root) if root is not None else paths.home() / "models"
-        self.blobs = self.root / "blobs" / "sha256"
+        self._blobs = Blobs(self.root)
+        self.blobs = self._blobs.folder
         self._index = self.root / "index.json"
-        self._tmp = self.root / "tmp"
 
     # -- reading ---------------------------------------------------------------------------------
 
@@ -128,9 +125,11 @@ class Store:
 
     def blob(self, digest: str) -> Path:
         """Where a blob is (or would be). The digest is checked for its form."""
-        if not DIGEST.fullmatch(digest):
-            raise BadInput(f"{digest!r} is not a sha256 digest")
-        return self.blobs / digest.removeprefix("sha256:")
+        return self._blobs.path(digest)
+
+    def find_blob(self, digest: str) -> Path | None:
+        """Where a blob is, of a model or uploaded; None where there is none."""
+        return self._blobs.find(digest)
 
     # -- writing ---------------------------------------------------------------------------------
 
@@ -159,14 +158,58 @@ class Store:
             layers = []
             for path, file in sorted(files.items()):
                 path = safe_path(path)
-                digest, size = self._take(file, path, move, (digests or {}).get(path), progress)
+                total = file.stat().st_size
+                report = partial(_report, progress, path, total) if progress else None
+                promised = (digests or {}).get(path)
+                digest, size = self._blobs.take(file, move=move, promised=promised, report=report)
                 layers.append(Layer(path, media_type(path), digest, size))
-            weights = [x.digest for x in layers if x.path.endswith((".gguf", ".safetensors"))]
-            lineage = lineage or (weights[0] if len(weights) == 1 else digest_of("\n".join(weights).encode()))
-            config = self._put_bytes(canonical(description.to_json(x.digest for x in layers)))
-            notes = {**(annotations or {}), LINEAGE: lineage}
-            manifest = self._put_bytes(canonical(manifest_json(config, layers, notes)))
-            self._set_ref(full, manifest)
+            self._complete(full, layers, description, lineage, annotations or {})
+        return self.get(full)
+
+    def upload(self, digest: str, size: int = 0) -> Upload:
+        """A place to write a blob to that `compose` will need. It waits a day for that, outside the layout.
+
+        Args:
+            size: its bytes, where they are known.
+
+        Raises:
+            BadInput: the digest has another form. DiskFull: it will not fit.
+        """
+        with disk_full_is_ours(self.root):
+            return self._blobs.upload(digest, size)
+
+    def compose(
+        self,
+        name: str,
+        layers: Iterable[Layer],
+        description: Description,
+        *,
+        small: Mapping[str, bytes] | None = None,
+        files: Mapping[str, Path] | None = None,
+        lineage: str = "",
+        annotations: Mapping[str, str] | None = None,
+    ) -> Artifact:
+        """Make a model of blobs that are here already, of other models or uploaded, and of new files.
+
+        Args:
+            small: path inside the model -> what is in the file.
+            files: path inside the model -> a file on disk, which is moved into the store.
+
+        Raises:
+            StoreError: a blob is not here (any more).
+        """
+        full = normal_name(name)
+        with self._changing():
+            new = [(path, self._blobs.put(data)) for path, data in (small or {}).items()]
+            for path, file in (files or {}).items():
+                new.append((path, self._blobs.take(file, move=True, promised=None, report=None)))
+            whole = [Layer(safe_path(path), media_type(path), *blob) for path, blob in new]
+            taken = {layer.path for layer in whole}
+            whole += [layer for layer in layers if layer.path not in taken]
+            for layer in whole:
+                self._blobs.adopt(layer.digest)
+            whole.sort(key=lambda layer: layer.path)
+            self._complete(full, whole, description, lineage, annotations or {})
         return self.get(full)
 
     def tag(self, name: str, new_name: str) -> Artifact:
@@ -218,7 +261,7 @@ class Store:
             try:
                 os.link(blob, target)
             except OSError:
-                with _disk_full_is_ours(folder):
+                with disk_full_is_ours(folder):
                     shutil.copyfile(blob, target)
         return folder
 
@@ -278,63 +321,29 @@ class Store:
         """Hold the store's lock, with the layout in place and the leavings of dead writers gone."""
         from filelock import FileLock  # readers need no lock
 
-        with _disk_full_is_ours(self.root):
-            self.blobs.mkdir(parents=True, exist_ok=True)
-            self._tmp.mkdir(exist_ok=True)
+        with disk_full_is_ours(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
             with FileLock(self.root / "lock"):
-                for stale in self._tmp.iterdir():  # writers hold the lock, so whoever left these is dead
-                    stale.unlink()
+                self._blobs.prepare()
                 layout = self.root / "oci-layout"
                 if not layout.exists():
-                    self._replace(layout, b'{"imageLayoutVersion":"1.0.0"}')
+                    self._blobs.replace(layout, b'{"imageLayoutVersion":"1.0.0"}')
                 yield
 
-    def _take(
-        self, file: Path, path: str, move: bool, promised: str | None, progress: Progress | None
-    ) -> tuple[str, int]:
-        """Put one file among the blobs; returns its digest and size."""
-        total = file.stat().st_size
-        if not move:
-            free = shutil.disk_usage(self.root).free
-            if total > free:
-                raise DiskFull(self.root, total, free)
-        temporary = self._tmp / secrets.token_hex(8)
-        report = (lambda done: progress(path, done, total)) if progress else None
-        try:
-            if move:
-                digest = hash_file(file, report=report)
-            else:
-                with file.open("rb") as source, temporary.open("wb") as out:
-                    digest = _hash(source, out, report)
-                    _sync(out)
-            if promised and digest != promised:
-                raise DigestMismatch(
-                    f"{path} has digest {digest}, but {promised} was promised",
-                    hint="Fetch it again; nothing was added.",
-                )
-            blob = self.blob(digest)
-            if move and not blob.exists():
-                with file.open("rb") as written:
-                    os.fsync(written.fileno())
-                try:
-                    file.rename(blob)
-                except OSError as error:
-                    if error.errno != errno.EXDEV:
-                        raise
-                    shutil.copyfile(file, temporary)
-                    temporary.rename(blob)
-            elif not move:
-                temporary.rename(blob)
-            blob.chmod(0o444)
-            _sync_folder(self.blobs)
-            return digest, total
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def _put_bytes(self, data: bytes) -> tuple[str, int]:
-        digest = digest_of(data)
-        self._replace(self.blob(digest), data)
-        return digest, len(data)
+    def _complete(
+        self,
+        full: str,
+        layers: list[Layer],
+        description: Description,
+        lineage: str,
+        annotations: Mapping[str, str],
+    ) -> None:
+        """Write config and manifest of a model whose layers are in place, and name it."""
+        weights = [x.digest for x in layers if x.path.endswith((".gguf", ".safetensors"))]
+        lineage = lineage or (weights[0] if len(weights) == 1 else digest_of("\n".join(weights).encode()))
+        config = self._blobs.put(canonical(description.to_json(x.digest for x in layers)))
+        manifest = manifest_json(config, layers, {**annotations, LINEAGE: lineage})
+        self._set_ref(full, self._blobs.put(canonical(manifest)))
 
     def _set_ref(self, full: str, manifest: tuple[str, int] | None) -> None:
         """Point a name at a manifest, or drop the name."""
@@ -349,7 +358,7 @@ class Store:
             digest, size = manifest
             entry = {"mediaType": MANIFEST, "digest": digest, "size": size, "annotations": {REF: full}}
             index["manifests"].append(entry)
-        self._replace(self._index, json.dumps(index, indent=2).encode())
+        self._blobs.replace(self._index, json.dumps(index, indent=2).encode())
 
     def _collect(self) -> int:
         """Delete blobs that no manifest in the index needs; returns the bytes freed."""
@@ -371,61 +380,14 @@ class Store:
                 blob.unlink()
         return freed
 
-    def _replace(self, path: Path, data: bytes) -> None:
-        """Write a small file so that it is either old or new, whatever happens."""
-        temporary = self._tmp / secrets.token_hex(8)
-        with temporary.open("wb") as out:
-            out.write(data)
-            _sync(out)
-        temporary.rename(path)
-        _sync_folder(path.parent)
-
 
 def short_name(full: str) -> str:
     """A full name as people write it: without ":latest"."""
     return full.removesuffix(":latest")
 
 
-def hash_file(path: Path, *, report: Callable[[int], None] | None = None) -> str:
-    """The sha256 digest of a file."""
-    with path.open("rb") as source:
-        return _hash(source, None, report)
+def _report(progress: Progress, path: str, total: int, done: int) -> None:
+    progress(path, done, total)
 
 
-def _hash(source: BinaryIO, copy_to: BinaryIO | None, report: Callable[[int], None] | None) -> str:
-    hasher, done = hashlib.sha256(), 0
-    while chunk := source.read(_CHUNK):
-        hasher.update(chunk)
-        if copy_to:
-            copy_to.write(chunk)
-        done += len(chunk)
-        if report:
-            report(done)
-    return "sha256:" + hasher.hexdigest()
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    if os.name == "posix":
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-@contextmanager
-def _disk_full_is_ours(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull(path) from error
-        raise
-
-
-__all__ = ["Problem", "Store", "hash_file", "normal_name", "short_name"]
+__all__ = ["DIGEST", "Problem", "Store", "Upload", "hash_file", "normal_name", "short_name"]

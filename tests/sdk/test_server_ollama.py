@@ -66,7 +66,7 @@ def test_version_and_root(client: httpx.Client) -> None:
 
 def test_tags(client: httpx.Client) -> None:
     models = {model["name"]: model for model in client.get("/api/tags").json()["models"]}
-    assert list(models) == ["base:latest", "echo:latest", "tick:latest", "tiny:latest"]
+    assert list(models) == ["tiny:latest", "base:latest", "echo:latest", "tick:latest"], "the newest first"
     stored = models["tiny:latest"]
     assert stored["model"] == "tiny:latest"
     assert stored["size"] == len(tiny())
@@ -194,6 +194,14 @@ OPTIONS: list[tuple[dict[str, Any], Sampling]] = [
     ),
     ({"presence_penalty": 1, "frequency_penalty": 0.5}, Sampling(presence_penalty=1, frequency_penalty=0.5)),
     (
+        {"typical_p": 0.9, "mirostat": 2, "mirostat_tau": 4, "mirostat_eta": 0.2},
+        Sampling(typical_p=0.9, mirostat=2, mirostat_tau=4, mirostat_eta=0.2),
+    ),
+    (
+        {"dry_multiplier": 0.8, "dry_base": 2, "xtc_probability": 0.5, "xtc_threshold": 0.2},
+        Sampling(dry_multiplier=0.8, dry_base=2, xtc_probability=0.5, xtc_threshold=0.2),
+    ),
+    (
         {"num_ctx": 8192, "num_gpu": 1, "num_thread": 2, "use_mmap": True, "mirostat": 0, "typical_p": 1.0},
         Sampling(),
     ),
@@ -211,12 +219,20 @@ def test_options(client: httpx.Client, options: dict[str, Any], sampling: Sampli
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tools": [{"type": "function"}]}, "tools"),
-    ({"format": "json"}, "format"),
-    ({"format": {"type": "object"}}, "format"),
-    ({"think": True}, "think"),
+    ({"tools": {}}, "tools"),
+    ({"format": "yaml"}, 'invalid format: "yaml"; expected "json" or a valid JSON Schema object'),
+    ({"format": {"type": "objekt"}}, "format.type"),
+    ({"format": 7}, "format"),
+    ({"think": True}, '"echo" does not support thinking'),
+    ({"think": "hard"}, 'invalid think value: "hard"'),
+    ({"top_logprobs": 21}, "top_logprobs must be between 0 and 20"),
+    ({"top_logprobs": -1}, "top_logprobs must be between 0 and 20"),
     ({"images": ["aGk="]}, "images"),
+    ({"model": ""}, "model is required"),
+    ({"keep_alive": "soon"}, "keep_alive"),
     ({"temperature": 0}, "temperature"),  # it belongs into options
-    ({"options": {"mirostat": 2}}, "options.mirostat"),
+    ({"options": {"mirostat": 3}}, "mirostat"),
+    ({"options": {"tfs_z": 0.5}}, "options.tfs_z"),
     ({"options": {"temprature": 1}}, "options.temprature"),
     ({"options": {"temperature": "hot"}}, "options.temperature"),
     ({"options": {"top_p": 2}}, "top_p"),
@@ -241,14 +257,18 @@ def test_what_cannot_be_done_is_refused_by_name(
 
 def test_fields_that_ask_for_nothing(client: httpx.Client) -> None:
     nothing: dict[str, Any] = {"tools": [], "format": "", "think": False, "truncate": True, "options": None}
+    nothing |= {"keep_alive": None, "logprobs": False, "top_logprobs": 0}
     message = {"role": "user", "content": "hi", "images": [], "thinking": "hm"}
     lines(client.post("/api/chat", json=ask(**nothing) | {"messages": [message]}))
 
 
 def test_errors(client: httpx.Client) -> None:
-    missing = client.post("/api/chat", json=ask(model="ecko"))
-    assert missing.status_code == 404
-    assert "Did you mean echo" in missing.json()["error"]
+    for path, fields in {"chat": {}, "generate": {}, "embed": {}, "embeddings": {}, "show": {}}.items():
+        missing = client.post(f"/api/{path}", json={"model": "ecko", **fields})
+        assert missing.status_code == 404
+        assert missing.json()["error"].startswith(
+            "model 'ecko' not found, try pulling it first. Did you mean echo"
+        )
     long = client.post("/api/chat", json=ask("x" * 600))
     assert long.status_code == 400
     assert "512" in long.json()["error"]

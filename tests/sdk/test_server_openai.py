@@ -45,6 +45,10 @@ def events(response: httpx.Response) -> list[dict[str, Any]]:
     return [json.loads(line.removeprefix("data: ")) for line in lines]
 
 
+def counted(usage: dict[str, Any]) -> tuple[int, int, int]:
+    return usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]
+
+
 def test_models(client: httpx.Client) -> None:
     listed = client.get("/v1/models").json()
     assert listed["object"] == "list"
@@ -67,7 +71,7 @@ def test_chat(client: httpx.Client) -> None:
     assert choice["message"]["role"] == "assistant"
     assert choice["message"]["content"] == "héllo"
     assert choice["finish_reason"] == "stop"
-    assert answer["usage"] == {"prompt_tokens": 6, "completion_tokens": 7, "total_tokens": 13}
+    assert counted(answer["usage"]) == (6, 7, 13)
 
 
 @pytest.mark.parametrize("wants_usage", [True, False])
@@ -99,7 +103,7 @@ def test_completions(client: httpx.Client, prompt: Any, stream: bool) -> None:
     assert "".join(answer["choices"][0]["text"] for answer in answers) == "hi"
     assert answers[-1]["choices"][0]["finish_reason"] == "stop"
     if not stream:
-        assert answers[0]["usage"] == {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
+        assert counted(answers[0]["usage"]) == (2, 3, 5)
 
 
 @pytest.mark.parametrize("limit", ["max_tokens", "max_completion_tokens"])
@@ -116,6 +120,14 @@ def test_stop(client: httpx.Client, stop: Any) -> None:
     assert choice["finish_reason"] == "stop"
 
 
+def function(**fields: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", **fields}}
+
+
+def schema(schema: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+
 SAMPLINGS: list[tuple[dict[str, Any], Sampling]] = [
     ({}, Sampling()),
     ({"temperature": None, "stop": None, "stream": None, "seed": None, "max_tokens": None}, Sampling()),
@@ -126,6 +138,16 @@ SAMPLINGS: list[tuple[dict[str, Any], Sampling]] = [
     ({"seed": -1}, Sampling(seed=2**32 - 2)),
     ({"seed": 2**63}, Sampling(seed=2**63 % (2**32 - 1))),
     ({"max_tokens": 9, "max_completion_tokens": 8, "stop": ["a"]}, Sampling(max_tokens=8, stop=("a",))),
+    ({"logprobs": True, "top_logprobs": 2}, Sampling(logprobs=2)),
+    ({"logprobs": True}, Sampling(logprobs=0)),
+    ({"logit_bias": {"5": -100, "6": 0.5}}, Sampling(logit_bias=((5, -100.0), (6, 0.5)))),
+    ({"logit_bias": [[5, 1]]}, Sampling(logit_bias=((5, 1.0),))),
+    ({"response_format": {"type": "json_object"}}, Sampling(json_schema="{}")),
+    ({"response_format": schema({"type": "null"})}, Sampling(json_schema='{"type": "null"}')),
+    ({"grammar": 'root ::= "a"'}, Sampling(grammar='root ::= "a"')),
+    ({"mirostat": 2, "dry_sequence_breakers": ["x"]}, Sampling(mirostat=2, dry_sequence_breakers=("x",))),
+    ({"adapters": [["pirate", 0.5]]}, Sampling(adapters=(("pirate", 0.5),))),
+    ({"reasoning_effort": "low", "n": 1}, Sampling()),
 ]
 
 
@@ -157,12 +179,28 @@ def test_fields_that_ask_for_nothing(client: httpx.Client) -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"n": 2}, "n"),
-    ({"tools": [{"type": "function"}]}, "tools"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
-    ({"logprobs": True}, "logprobs"),
-    ({"logprobs": 0}, "logprobs"),  # asks for those of the tokens themselves
-    ({"logit_bias": {"5": 1}}, "logit_bias"),
+    ({"n": 0}, "n"),
+    ({"n": 9}, "n"),
+    ({"tools": [{"type": "function"}]}, "tools[0].function"),
+    ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+    ({"tools": [function(parameters={"type": "obiect"})]}, "tools[0].function.parameters.type"),
+    ({"tool_choice": "required"}, "tools"),
+    ({"tools": [function()], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+    ({"functions": [{}]}, "functions"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+    ({"response_format": schema({"type": "strnig"})}, "response_format.json_schema.schema.type"),
+    (
+        {"response_format": schema({"properties": {"age": {"type": "int"}}})},
+        "response_format.json_schema.schema.properties.age.type",
+    ),
+    ({"logprobs": 0}, "logprobs"),
+    ({"top_logprobs": 3}, "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ({"logit_bias": {"x": 1}}, "logit_bias"),
+    ({"logit_bias": {"257": 1}}, "logit_bias"),
+    ({"logit_bias": [[1]]}, "logit_bias"),
+    ({"reasoning_effort": "very"}, "reasoning_effort"),
     ({"audio": {"voice": "x"}}, "audio"),
     ({"modalities": ["audio"]}, "modalities"),
     ({"temprature": 1}, "temprature"),
@@ -196,7 +234,8 @@ def test_what_cannot_be_done_is_refused_by_name(
 
 
 BAD_PROMPTS: list[tuple[Any, str]] = [
-    (["a", "b"], "several"),
+    (["a", 5], "prompt"),
+    (["a"] * 129, "129"),
     ({}, "prompt"),
     (None, "prompt"),
     ([1.5], "prompt"),

@@ -15,6 +15,7 @@ from test_server_helpers import LIMIT, TickModel, answer_threads, chat, wait_unt
 
 from alight.errors import AlightError, ContextExceeded, DoesNotFit, EngineError, InvalidModelFile, Unsupported
 from alight.server import Models, running, stream
+from alight.target import LoadOptions
 
 Serve = Callable[[TickModel], httpx.Client]
 BOTH = pytest.mark.parametrize("path", ["/v1/chat/completions", "/api/chat"])
@@ -113,17 +114,23 @@ def test_many_at_once_and_the_server_still_answers(serve: Serve) -> None:
         assert [a.result().json()["message"]["content"] for a in answers] == ["tick " * 20] * 12
 
 
-def test_one_answer_too_many_is_refused(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "MAX_ANSWERS", 1)
-    client = serve(TickModel())
-    with client.stream("POST", "/api/chat", json=chat()) as response:
-        lines = response.iter_lines()  # kept: httpx hangs up when it is collected
-        next(lines)
-        refused = client.post("/v1/chat/completions", json=chat())
-    assert refused.status_code == 503
-    assert refused.json()["error"]["code"] == "busy"
-    wait_until(lambda: not answer_threads())
-    assert client.post("/v1/chat/completions", json=chat(stream=True, model="nope")).status_code == 404
+def test_one_answer_too_many_is_refused() -> None:
+    model = TickModel()
+    with Models(options=LoadOptions(slots=1), max_waiting=0) as models:
+        models.add("tick", model)
+        with running(models) as url, httpx.Client(base_url=url, timeout=LIMIT, trust_env=False) as client:
+            with client.stream("POST", "/api/chat", json=chat()) as response:
+                lines = response.iter_lines()  # kept: httpx hangs up when it is collected
+                next(lines)
+                refused = client.post("/v1/chat/completions", json=chat())
+                ollama = client.post("/api/chat", json=chat())
+            assert refused.status_code == ollama.status_code == 503
+            assert refused.json()["error"]["code"] == "busy"
+            assert "model 'tick' is busy" in ollama.json()["error"]
+            assert int(refused.headers["Retry-After"]) >= 1
+            wait_until(lambda: not answer_threads())
+            missing = client.post("/v1/chat/completions", json=chat(stream=True, model="nope"))
+            assert missing.status_code == 404
 
 
 ERRORS: list[tuple[Exception, int, str]] = [

@@ -17,7 +17,7 @@ from alight.errors import AlightError
 # Panel of `alight --help` -> verb -> its module. The modules import no engine and no web framework at their
 # top, so that the help is quick.
 VERBS = {
-    "Use models": {"run": "run", "serve": "serve", "demo": "demo"},
+    "Use models": {"run": "run", "serve": "serve", "ps": "ps", "stop": "stop", "demo": "demo"},
     "Keep models": {"pull": "pull", "list": "list", "show": "show", "rm": "rm", "verify": "verify"},
     "Fit models to devices": {"build": "build", "eval": "evaluate", "bench": "bench", "probe": "probe"},
     "Find devices": {"devices": "devices"},

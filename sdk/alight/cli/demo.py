@@ -36,7 +36,7 @@ def command(
     """
     artifact = _build()
     from alight.lan.discovery import advertise, find
-    from alight.server.models import Models
+    from alight.server.manager import Models
     from alight.server.run import running
 
     _step("Serve it, and find it by mDNS")

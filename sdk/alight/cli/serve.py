@@ -17,11 +17,11 @@ from alight.cli.describe import one_line
 from alight.cli.output import complete_model, console, err, progress, say_warning
 from alight.errors import AlightError, MissingExtra, ModelNotFound
 from alight.store import Store, normal_name, short_name
+from alight.target import LoadOptions
 
 if TYPE_CHECKING:
     from alight.lan.discovery import Advertisement
-    from alight.server.models import Models
-    from alight.target import Model
+    from alight.server.manager import Models
 
 PORT = 11435  # 11434 is Ollama's
 
@@ -46,15 +46,41 @@ def command(
     ] = None,
     no_advertise: Annotated[bool, typer.Option("--no-advertise", help="Do not announce it by mDNS.")] = False,
     target: Annotated[str, typer.Option(help="The runtime that loads the models.")] = "auto",
+    context: Annotated[
+        int | None, typer.Option(min=8, help="Context of each model in tokens; by default what fits.")
+    ] = None,
+    slots: Annotated[
+        int, typer.Option(min=1, max=128, help="Requests that each model works on at once.")
+    ] = LoadOptions().slots,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of each model; by default one per core.")
+    ] = None,
+    keep_alive: Annotated[
+        str | None,
+        typer.Option(
+            help="How long an idle model stays loaded: 5m, 3600, -1 (for ever). "
+            "By default 5m; models that are named here stay until their memory is needed.",
+            show_default=False,
+        ),
+    ] = None,
+    max_memory: Annotated[
+        float | None, typer.Option(min=0.01, help="Gigabytes that all models may take; by default what fits.")
+    ] = None,
+    max_queue: Annotated[int, typer.Option(min=0, help="Requests of a model that may wait.")] = 64,
 ) -> None:
     """Share models with this machine or network: OpenAI and Ollama API.
 
-    A model is loaded when it is first asked for. Ctrl-C stops the server.
+    A model is loaded when it is first asked for, in a process of its own. Ctrl-C stops the server.
 
     Example: alight serve smollm2 --host 0.0.0.0 --api-key SECRET
     """
-    from alight.server.models import Models
+    from alight.server import keep_alive as durations
+    from alight.server.manager import Models
     from alight.server.run import serve
+
+    stay = durations.parse(keep_alive)
+    if stay is None:
+        stay = durations.FOREVER if names else durations.DEFAULT
 
     logging.getLogger("alight").setLevel(min(logging.INFO, logging.getLogger("alight").level))
     device = name or socket.gethostname().partition(".")[0] or "alight"
@@ -66,9 +92,17 @@ def command(
         if not no_advertise:
             announcer.start(urlsplit(url).port or port, _digest(models))
 
-    with Models(store, target=target) as models:
+    models = Models(
+        store,
+        LoadOptions(context=context, slots=slots, threads=threads),
+        target=target,
+        keep_alive=stay,
+        max_memory=None if max_memory is None else int(max_memory * 1e9),
+        max_waiting=max_queue,
+    )
+    with models:
         for artifact in loose:  # a file that is in no store is served as it lies
-            models.add(artifact.name, _load(artifact, target), artifact)
+            models.offer(artifact)
         try:
             serve(models, host, port, name=device, api_key=api_key or None, ready=ready)
         finally:
@@ -102,7 +136,7 @@ def _pull_builtin() -> None:
 
 
 class _Offered(Store):
-    """The store, but only some of its models."""
+    """The store, but only some of its models, and what clients of the server put there."""
 
     def __init__(self, names: list[str]) -> None:
         super().__init__()
@@ -117,10 +151,10 @@ class _Offered(Store):
             raise ModelNotFound(name, map(short_name, self.names()))
         return artifact
 
-
-def _load(artifact: Artifact, target: str) -> Model:
-    with err.status(Text(f"loading {artifact.name}")):
-        return api.load(artifact.weights[0], target=target)
+    def _set_ref(self, full: str, manifest: tuple[str, int] | None) -> None:
+        super()._set_ref(full, manifest)
+        if manifest:
+            self._offered.add(full)
 
 
 # -- telling people --------------------------------------------------------------------------------

@@ -87,6 +87,26 @@ class RemoteServer:
             name = next((n for n, loaded in models if loaded), models[0][0])
         return RemoteModel(self, name)
 
+    def loaded(self) -> list[dict[str, Any]]:
+        """The models that it has in memory, and what they do: the JSON of `/alight/v1/models`.
+
+        Raises:
+            NetworkError, RemoteError: as for `models`.
+        """
+        with _network(self.url):
+            response = self._http.get("/alight/v1/models", timeout=30)
+        return list(_answer(self.url, response)["models"])
+
+    def unload(self, model: str) -> bool:
+        """Free a model's memory. False if it will be when its last request ends.
+
+        Raises:
+            RemoteError: it has no such model. NetworkError, RemoteError: as for `models`.
+        """
+        with _network(self.url):
+            response = self._http.post("/alight/v1/unload", json={"model": model}, timeout=30)
+        return bool(_answer(self.url, response)["unloaded"])
+
     @overload
     def chat(
         self,
@@ -236,6 +256,16 @@ def _event(url: str, text: str) -> dict[str, Any]:
     if "error" in event:
         raise RemoteError(f"{url}: {_message(event)}")
     return event
+
+
+def _answer(url: str, response: httpx.Response) -> dict[str, Any]:
+    """The JSON of an answer of alight's own API."""
+    if response.is_error:
+        raise _refusal(url, response)
+    try:
+        return dict(response.json())
+    except ValueError as error:
+        raise RemoteError(f"{url} answered without JSON", hint="Is it an alight server?") from error
 
 
 def _refusal(url: str, response: httpx.Response) -> RemoteError:

@@ -12,11 +12,13 @@ from starlette.exceptions import HTTPException
 
 from alight import __version__
 from alight.errors import AlightError
-from alight.server import ollama, openai
+from alight.server import management, ollama, openai
 from alight.server.bodies import MAX_BODY
 from alight.server.failures import ClientGone, respond
 from alight.server.guard import AccessLog, Guard
-from alight.server.models import Models, Offer
+from alight.server.manager import Models
+from alight.server.metrics import Metrics
+from alight.server.offers import Offer
 from alight.server.stream import Answers
 
 
@@ -28,7 +30,8 @@ def create_app(models: Models, *, name: str, api_key: str | None = None, max_bod
         api_key: required as a bearer token, except at `/` and `/health`.
         max_body: the largest request body in bytes; a larger one is answered 413.
     """
-    answers = Answers(models)
+    metrics = Metrics(models)
+    answers = Answers(models, metrics)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -47,12 +50,13 @@ def create_app(models: Models, *, name: str, api_key: str | None = None, max_bod
     app.state.answers = answers
     app.state.max_body = max_body
     app.add_middleware(Guard, api_key=api_key)
-    app.add_middleware(AccessLog)  # added last, so it is outermost
+    app.add_middleware(AccessLog, count=metrics.count)  # added last, so it is outermost
     for kind in (AlightError, HTTPException, Exception):
         app.add_exception_handler(kind, _failed)
     app.add_exception_handler(ClientGone, _nobody_there)
     app.include_router(openai.router(models, answers))
     app.include_router(ollama.router(models, answers))
+    app.include_router(management.router(models, answers))
 
     @app.api_route("/", methods=["GET", "HEAD"])
     def root() -> PlainTextResponse:

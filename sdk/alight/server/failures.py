@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +13,11 @@ from starlette.exceptions import HTTPException
 from alight.errors import (
     AlightError,
     BadInput,
+    Busy,
     ContextExceeded,
     DiskFull,
     DoesNotFit,
+    EngineCrashed,
     InvalidModelFile,
     MissingExtra,
     ModelNotFound,
@@ -36,6 +39,8 @@ _STATUS: tuple[tuple[type[AlightError], int, str], ...] = (
     (TargetUnavailable, 501, "target_unavailable"),
     (MissingExtra, 501, "missing_extra"),
     (DiskFull, 507, "disk_full"),
+    (Busy, 503, "busy"),
+    (EngineCrashed, 500, "engine_crashed"),
     (RemoteError, 502, "remote_error"),
     (AlightError, 500, "server_error"),
 )
@@ -76,6 +81,7 @@ class Failure:
     message: str
     code: str
     param: str | None = None
+    retry_after: int | None = None  # seconds
 
     @classmethod
     def of(cls, error: Exception) -> Failure:
@@ -83,7 +89,9 @@ class Failure:
             return cls(error.status, _sentence(error), error.code, error.param)
         if isinstance(error, AlightError):
             status, code = next((s, c) for kind, s, c in _STATUS if isinstance(error, kind))
-            return cls(status, _sentence(error), code, "model" if status == 404 else None)
+            wait = math.ceil(getattr(error, "retry_after", 0.0)) or None
+            status = 503 if wait else status  # not now, but later
+            return cls(status, _sentence(error), code, "model" if status == 404 else None, wait)
         if isinstance(error, HTTPException):
             return cls(
                 error.status_code,
@@ -109,6 +117,8 @@ def respond(path: str, error: Exception) -> JSONResponse:
     if failure.status >= 500 and isinstance(error, AlightError):
         log.warning("%d: %s", failure.status, failure.message)
     headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
+    if failure.retry_after:
+        headers["Retry-After"] = str(failure.retry_after)
     if failure.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     shape = failure.ollama() if path.startswith("/api/") else failure.openai()

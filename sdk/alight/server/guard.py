@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -21,10 +22,15 @@ OPEN_PATHS = ("/", "/health")
 
 
 class AccessLog:
-    """One line for each request. Never its content, and not the query either."""
+    """One line for each request, and one count. Never its content, and not the query either.
 
-    def __init__(self, app: ASGIApp) -> None:
+    Args:
+        count: is told the method, the route (as it was declared; empty if there is none) and the status.
+    """
+
+    def __init__(self, app: ASGIApp, count: Callable[[str, str, int], None]) -> None:
         self.app = app
+        self.count = count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -47,6 +53,19 @@ class AccessLog:
             )  # still percent-encoded: one line stays one line
             seconds = time.monotonic() - started
             access.info("%s %s %s %d %.3fs", client, scope["method"], path, status, seconds)
+            self.count(scope["method"], _route(scope), status)
+
+
+def _route(scope: Scope) -> str:
+    """The route of a request as it was declared, "/v1/models/{name}": there are few of those. Empty without one."""
+    route = scope.get("route")
+    if route is None:
+        return ""
+    # The route knows its path inside its router only. What stands before that is the router's prefix.
+    inside: str = route.path_format.format(**scope["path_params"])
+    path: str = scope["path"]
+    prefix = path.removesuffix(inside) if path.endswith(inside) else ""
+    return prefix + str(route.path_format)
 
 
 class Guard:

@@ -14,7 +14,7 @@ import uvicorn
 
 from alight.errors import AlightError, BadInput, EngineError
 from alight.server.app import create_app
-from alight.server.models import Models
+from alight.server.manager import Models
 
 log = logging.getLogger(__name__)
 

@@ -12,9 +12,10 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Generator
-from contextlib import closing
+from concurrent.futures import CancelledError
+from contextlib import AbstractContextManager, closing
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from fastapi import Request
 from starlette.responses import Response
@@ -22,14 +23,15 @@ from starlette.types import Receive, Scope, Send
 
 from alight.errors import AlightError, EngineError
 from alight.server.failures import ClientGone, Failure, Refused
-from alight.server.models import Models
+from alight.server.manager import Models
+from alight.server.metrics import Metrics
 from alight.target import Chunk, Completion, Model
 
 log = logging.getLogger(__name__)
 
 Begin: TypeAlias = Callable[[Model], Generator[Chunk]]
+T = TypeVar("T")
 
-MAX_ANSWERS = 64  # running or waiting in the engine's queue at the same time; one more is refused
 AHEAD = 256  # chunks that a model may be ahead of a client that reads slowly
 STALLED = 30.0  # seconds that the model then waits for it; it may hold up everyone else meanwhile
 _PATIENCE = 5.0  # seconds to wait at shutdown for models to finish the token they are working on
@@ -38,26 +40,33 @@ _PATIENCE = 5.0  # seconds to wait at shutdown for models to finish the token th
 class Answers:
     """The answers in progress."""
 
-    def __init__(self, models: Models) -> None:
+    def __init__(self, models: Models, metrics: Metrics) -> None:
         self.models = models
+        self.metrics = metrics
         self._running: set[Answer] = set()
         self._stopped = False
 
-    async def start(self, request: Request, name: str, begin: Begin, *, unload: bool = False) -> Answer:
-        """Load the model, begin an answer and wait for its first chunk.
+    async def start(
+        self,
+        request: Request,
+        name: str,
+        begin: Begin,
+        *,
+        keep_alive: float | None = None,
+        context: int | None = None,
+    ) -> Answer:
+        """Wait for the model, begin an answer and wait for its first chunk.
 
         So an error before the first token is raised here, while the response can still have its status.
         Use the answer in a `with` block.
 
         Args:
             begin: gives the chunks of the answer; runs in the answer's thread.
-            unload: unload the model afterwards.
+            keep_alive, context: see `Models.use`.
         """
         if self._stopped:
             raise _stopping()
-        if len(self._running) >= MAX_ANSWERS:
-            raise Refused(503, f"{MAX_ANSWERS} answers are in progress", hint="Try again later.", code="busy")
-        answer = Answer(self.models, name, begin, unload, self._running.discard)
+        answer = Answer(self, name, begin, keep_alive, context)
         answer.run(request)
         self._running.add(answer)
         try:
@@ -66,6 +75,32 @@ class Answers:
             answer.cancel(ClientGone())
             raise
         return answer
+
+    async def call(
+        self,
+        request: Request,
+        name: str,
+        work: Callable[[Model], T],
+        *,
+        keep_alive: float | None = None,
+        context: int | None = None,
+    ) -> T:
+        """Wait for the model, and for what `work` makes of it in a thread. For what is not streamed.
+
+        (A thread of the event loop's pool would do, but there are few of them, and all requests that wait
+        for their turn would hold one.)
+        """
+        results: list[T] = []
+
+        def begin(model: Model) -> Generator[Chunk]:
+            results.append(work(model))
+            yield Chunk()
+
+        with await self.start(request, name, begin, keep_alive=keep_alive, context=context):
+            return results[0]
+
+    def ended(self, answer: Answer) -> None:
+        self._running.discard(answer)
 
     def stop(self) -> None:
         """Cancel what runs, refuse what comes."""
@@ -87,15 +122,13 @@ class Answer:
     """One answer: an asynchronous iterator of chunks, produced by a thread."""
 
     def __init__(
-        self, models: Models, name: str, begin: Begin, unload: bool, on_end: Callable[[Answer], None]
+        self, answers: Answers, name: str, begin: Begin, keep_alive: float | None, context: int | None
     ) -> None:
         self.started = time.monotonic()
-        self.load_seconds = 0.0  # what the answer waited for its model
-        self._models = models
-        self._name = name
+        self.load_seconds = 0.0  # what the answer waited for its turn, and for its model to be loaded
+        self._answers = answers
+        self._turn = answers.models.use(name, keep_alive=keep_alive, context=context)
         self._begin = begin
-        self._unload = unload
-        self._on_end = on_end
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Chunk | Exception | None] = asyncio.Queue()  # None: the end
         self._room = threading.Semaphore(AHEAD)  # bounds the queue; a thread can wait for it
@@ -108,7 +141,10 @@ class Answer:
         self._watch = asyncio.create_task(self._cancel_when_gone(request))
 
     async def wait_for_first(self) -> None:
+        """Wait for the first chunk that says something. Models send empty ones while they read the prompt."""
         self._first = await self._next()
+        while self._first == Chunk():
+            self._first = await self._next()
 
     async def collect(self) -> Completion:
         """The whole answer."""
@@ -123,7 +159,8 @@ class Answer:
     def cancel(self, reason: Exception) -> None:
         """End the answer; whoever reads it gets `reason`. After its end this does nothing."""
         self._cancelled.set()
-        self._room.release()  # the thread may be waiting for room
+        self._turn.cancel()  # the thread may be waiting for it,
+        self._room.release()  # or for room
         self._queue.put_nowait(reason)
         if self._watch:
             self._watch.cancel()
@@ -156,23 +193,27 @@ class Answer:
     def _produce(self) -> None:
         end: Exception | None = None
         try:
-            with self._models.use(self._name) as model:
+            with self._turn as model:
                 self.load_seconds = time.monotonic() - self.started
                 if not self._cancelled.is_set():
                     self._hand_over(model)
-            if self._unload:
-                self._models.unload(self._name)
+        except CancelledError:
+            end = ClientGone()  # whoever cancelled the turn has said why
         except AlightError as error:
             end = error
         except Exception as error:
-            log.exception("the engine of %s failed", self._name)
+            log.exception("the engine of %s failed", self._turn.name)
             end = EngineError(f"the engine failed: {type(error).__name__}: {error}")
         self._call(self._queue.put_nowait, end)
-        self._call(self._on_end, self)
+        self._call(self._answers.ended, self)
 
     def _hand_over(self, model: Model) -> None:
+        watch = self._answers.metrics.watch(self._turn.model_name, self.started)
         with closing(self._begin(model)) as chunks:
             for chunk in chunks:
+                watch.see(chunk)
+                if chunk.usage:
+                    self._turn.note(chunk.usage)
                 if not self._room.acquire(timeout=STALLED):
                     raise Refused(408, "the client stopped reading", code="client_stalled")
                 if self._cancelled.is_set():
@@ -190,12 +231,17 @@ class StreamedAnswer(Response):
     """A response that is written while the answer comes.
 
     Args:
+        answer: a block around the response; the end of it ends what makes the lines.
         lines: the body, made from the answer's chunks.
         failed: the last line, for an error in the middle: the status has been sent by then.
     """
 
     def __init__(
-        self, answer: Answer, lines: AsyncIterator[bytes], failed: Callable[[Failure], bytes], media_type: str
+        self,
+        answer: AbstractContextManager[object],
+        lines: AsyncIterator[bytes],
+        failed: Callable[[Failure], bytes],
+        media_type: str,
     ) -> None:
         self.answer = answer
         self.lines = lines

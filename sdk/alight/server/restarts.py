@@ -1,0 +1,190 @@
+"""A model whose process may crash: it is started again, and who has got nothing yet does not notice."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from typing import TYPE_CHECKING, TypeVar
+
+from alight.errors import EngineCrashed, EngineError
+from alight.server.worker_model import WorkerModel
+from alight.target import Chunk, Model, Sampling, Scores
+
+if TYPE_CHECKING:
+    from alight.target import FloatArray
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_AT_ONCE = 3  # crashes in a row after which the next start has to wait
+_LONGEST = 60.0  # seconds
+
+
+class Crashes:
+    """How often a model's process crashed, and whether it may be started (again) now.
+
+    After three crashes without an answer between them, a start is refused for a second, then two, four, …
+    """
+
+    def __init__(self, name: str) -> None:
+        self.total = 0
+        self._name = name
+        self._in_a_row = 0
+        self._not_before = 0.0  # monotonic
+        self._last = ""
+
+    def note(self, crash: EngineCrashed) -> None:
+        self.total += 1
+        self._in_a_row += 1
+        self._last = crash.message
+        if self._in_a_row >= _AT_ONCE:
+            pause = min(2.0 ** (self._in_a_row - _AT_ONCE), _LONGEST)
+            self._not_before = time.monotonic() + pause
+
+    def note_answer(self) -> None:
+        self._in_a_row = 0
+        self._not_before = 0.0
+
+    def check(self) -> None:
+        """Raise EngineCrashed where it is too early to start the process again."""
+        wait = self._not_before - time.monotonic()
+        if wait > 0:
+            raise EngineCrashed(
+                f"model {self._name!r} crashed {self._in_a_row} times in a row, the last time because "
+                f"{self._last}",
+                hint=f"It is tried again after {wait:.0f} seconds. The server's log has more.",
+                retry_after=wait,
+            )
+
+
+class RestartingModel(Model):
+    """A model in a worker process that is started again when it has crashed and is needed.
+
+    A request whose worker crashes before the first token is run once more; one that has sent some already
+    is an EngineCrashed. Call `load` before anything else.
+
+    Args:
+        start: gives a new worker that has not loaded yet; it is to tell crashes to its argument.
+        crashes: the model's crashes so far.
+        on_crash: called after each crash, from a thread of the worker.
+    """
+
+    def __init__(
+        self,
+        start: Callable[[Callable[[EngineCrashed], None]], WorkerModel],
+        crashes: Crashes,
+        on_crash: Callable[[], None],
+    ) -> None:
+        self._start = start
+        self._crashes = crashes
+        self._on_crash = on_crash
+        self._lock = threading.Lock()  # held while a worker loads, so that two requests start one
+        self._worker: WorkerModel | None = None
+        self._closed = False
+
+    def load(self) -> None:
+        """Start the worker and wait until it has loaded the model.
+
+        Raises:
+            What loading raises. EngineCrashed: it crashed, twice.
+        """
+        with self._lock:
+            try:
+                worker = self._launch()
+            except EngineCrashed:
+                worker = self._launch()
+            self.info, self.template = worker.info, worker.template
+
+    @property
+    def alive(self) -> bool:
+        return self._worker is not None and self._worker.alive
+
+    @property
+    def memory(self) -> int:
+        """Bytes that the process has now."""
+        return self._worker.memory if self._worker else 0
+
+    @property
+    def pid(self) -> int | None:
+        return self._worker.pid if self._worker and self._worker.alive else None
+
+    # -- the interface of Model ------------------------------------------------------------------
+
+    def generate(self, prompt: str | Sequence[int], sampling: Sampling | None = None) -> Generator[Chunk]:
+        for last_try in (False, True):
+            said = finished = False
+            try:
+                with closing(self._living().generate(prompt, sampling)) as chunks:
+                    for chunk in chunks:
+                        said = said or bool(chunk.text or chunk.tokens)
+                        finished = chunk.finish_reason is not None
+                        yield chunk
+                self._crashes.note_answer()
+                return
+            except EngineCrashed:
+                if finished:
+                    return
+                if said or last_try:
+                    raise
+                log.info("a request is run again, since its worker crashed before the first token")
+
+    def score(self, tokens: Sequence[int], *, distribution: bool = False) -> Scores:
+        return self._answer(lambda worker: worker.score(tokens, distribution=distribution))
+
+    def embed(self, texts: Sequence[str], *, pooling: str = "") -> FloatArray:
+        return self._answer(lambda worker: worker.embed(texts, pooling=pooling))
+
+    def rerank(self, query: str, documents: Sequence[str]) -> list[float]:
+        return self._answer(lambda worker: worker.rerank(query, documents))
+
+    def tokenize(self, text: str, *, bos: bool = False, special: bool = False) -> list[int]:
+        return self._retried(lambda worker: worker.tokenize(text, bos=bos, special=special))
+
+    def prompt_tokens(self, pieces: Sequence[str]) -> list[int]:
+        return self._retried(lambda worker: worker.prompt_tokens(pieces))
+
+    def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> bytes:
+        return self._retried(lambda worker: worker.detokenize(tokens, special=special))
+
+    def metrics(self) -> dict[str, float]:
+        return self._worker.metrics() if self._worker and self._worker.alive else {}
+
+    def close(self) -> None:
+        self._closed = True
+        if self._worker:  # may be loading: that ends with an error then
+            self._worker.close()
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _answer(self, call: Callable[[WorkerModel], T]) -> T:
+        result = self._retried(call)
+        self._crashes.note_answer()
+        return result
+
+    def _retried(self, call: Callable[[WorkerModel], T]) -> T:
+        try:
+            return call(self._living())
+        except EngineCrashed:
+            return call(self._living())
+
+    def _living(self) -> WorkerModel:
+        with self._lock:
+            if self._closed or self._worker is None:
+                raise EngineError("the model is closed", hint="Load it again.")
+            return self._worker if self._worker.alive else self._launch()
+
+    def _launch(self) -> WorkerModel:
+        self._crashes.check()
+        worker = self._worker = self._start(self._note_crash)
+        if self._closed:  # just now: whoever closed us did not see this worker
+            worker.close()
+        worker.load()
+        return worker
+
+    def _note_crash(self, crash: EngineCrashed) -> None:
+        self._crashes.note(crash)
+        self._on_crash()

@@ -1,0 +1,201 @@
+"""The process of one loaded model: `python -m alight.server.worker`, started by `WorkerModel`.
+
+It talks to the server over its standard input and output (see worker_protocol), and runs each request in
+a thread of its own. Whatever else writes to standard output or error ends up in the server's log. It ends
+when its input does: when the server closes the model, or dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from alight import api
+from alight.errors import AlightError, EngineError
+from alight.server import worker_protocol as protocol
+from alight.server.worker_protocol import Channel
+from alight.target import LoadOptions, Model, Sampling
+
+log = logging.getLogger(__name__)
+
+_CLOSING = 5.0  # seconds that the engine gets to close
+_PR_SET_PDEATHSIG = 1
+
+
+class Worker:
+    """One model and the requests that run on it."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._model: Model | None = None
+        self._streams: dict[int, _Stream] = {}  # the generations in progress, by request
+
+    def serve(self) -> None:
+        """Answer requests until the server hangs up, then close the model."""
+        while frame := self._channel.receive():
+            request, _ = frame
+            match request["call"]:
+                case "more":
+                    if stream := self._streams.get(request["id"]):
+                        stream.grant(request["chunks"])
+                case "cancel":
+                    if stream := self._streams.get(request["id"]):
+                        stream.cancel()
+                case "generate":
+                    # Known before its thread runs, so that a cancel which follows at once finds it.
+                    stream = self._streams[request["id"]] = _Stream()
+                    self._start(self._generate, request, stream)
+                case _:
+                    self._start(self._answer, request)
+        # Closing may get stuck in native code, and nobody is left then to end this process.
+        limit = threading.Timer(_CLOSING, os._exit, (1,))
+        limit.daemon = True
+        limit.start()
+        for stream in [*self._streams.values()]:
+            stream.cancel()
+        if self._model:
+            self._model.close()
+
+    def _start(self, run: Callable[..., None], *arguments: Any) -> None:
+        threading.Thread(target=run, args=arguments, daemon=True).start()
+
+    # -- in a request's thread -------------------------------------------------------------------
+
+    def _answer(self, request: Mapping[str, Any]) -> None:
+        number, call = request["id"], request["call"]
+        try:
+            if call == "load":
+                header, payload = self._load(request), b""
+            elif call in protocol.CALLS:
+                result = getattr(self._loaded(), call)(*request["arguments"], **request["options"])
+                header, payload = protocol.result_to_json(result)
+            else:
+                raise EngineError(f"the worker got a call {call!r}")
+            self._channel.send({"id": number, **header}, payload)
+        except Exception as error:
+            self._fail(number, error)
+
+    def _generate(self, request: Mapping[str, Any], stream: _Stream) -> None:
+        number = request["id"]
+        sampling = protocol.options_from_json(Sampling, request["sampling"])
+        try:
+            with closing(self._loaded().generate(request["prompt"], sampling)) as chunks:
+                for chunk in chunks:
+                    if not stream.wait_for_room():
+                        return  # nobody reads it any more
+                    self._channel.send({"id": number, "chunk": protocol.chunk_to_json(chunk)})
+            self._channel.send({"id": number, "end": True})
+        except Exception as error:
+            self._fail(number, error)
+        finally:
+            del self._streams[number]
+
+    def _fail(self, number: int, error: Exception) -> None:
+        if not isinstance(error, AlightError):
+            log.error("a request failed", exc_info=error)
+        with contextlib.suppress(OSError):  # the server is gone, and so are we in a moment
+            self._channel.send({"id": number, "error": protocol.error_to_json(error)})
+
+    def _loaded(self) -> Model:
+        if self._model is None:
+            raise EngineError("the worker has no model yet")
+        return self._model
+
+    def _load(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        artifact = protocol.artifact_from_json(request["artifact"])
+        options = protocol.options_from_json(LoadOptions, request["options"])
+        model = self._model = api.load_artifact(artifact, options, target=request["target"])
+        return {
+            "info": protocol.info_to_json(model.info),
+            "template": protocol.template_to_json(model.template),
+        }
+
+
+class _Stream:
+    """How far a generation may go: the server grants chunks as its client reads them."""
+
+    def __init__(self) -> None:
+        self._room = threading.Semaphore(protocol.WINDOW)
+        self._cancelled = False
+
+    def grant(self, chunks: int) -> None:
+        self._room.release(chunks)
+
+    def cancel(self) -> None:
+        self._cancelled = True
+        self._room.release()
+
+    def wait_for_room(self) -> bool:
+        """Wait until another chunk may be sent; False if none is wanted."""
+        self._room.acquire()
+        return not self._cancelled
+
+
+class _LogToServer(logging.Handler):
+    """Log records go to the server, which logs them under the same name and level."""
+
+    def __init__(self, channel: Channel) -> None:
+        super().__init__()
+        self._channel = channel
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError):
+            text = self.format(record)
+            self._channel.send(
+                {"id": protocol.LOG, "level": record.levelno, "name": record.name, "text": text}
+            )
+
+
+def main() -> None:
+    """Serve one model until standard input ends."""
+    server = int(sys.argv[1])
+    _end_with(server)
+    # Ctrl-C in a terminal, and systemd when it stops a unit, signal every process. The server decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _be_the_first_to_go()
+    channel = Channel(*_take_pipes())
+    faulthandler.enable()
+    logging.basicConfig(handlers=[_LogToServer(channel)], format="%(message)s", level=logging.WARNING)
+    logging.getLogger("alight").setLevel(int(sys.argv[2]))
+    Worker(channel).serve()
+    os._exit(0)  # without waiting for the threads of requests that nobody wants any more
+
+
+def _take_pipes() -> tuple[int, int]:
+    """Our standard input and output as private descriptors. What others print goes to standard error."""
+    incoming, outgoing = os.dup(0), os.dup(1)  # not inherited by processes that the engine starts
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.dup2(2, 1)
+    sys.stdout = sys.stderr
+    return incoming, outgoing
+
+
+def _end_with(server: int) -> None:
+    """Have the kernel end us when the server dies, should our own thread for that be stuck."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if hasattr(os, "getppid") and os.getppid() != server:  # it died before that
+        os._exit(1)
+
+
+def _be_the_first_to_go() -> None:
+    """When memory runs out, the kernel shall take this process and not the server."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("500")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,327 @@
+"""A model in a process of its own: the server's side of it (the other one is worker.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import operator
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
+
+import psutil
+
+from alight.artifact import Artifact
+from alight.errors import EngineCrashed, EngineError
+from alight.server import worker_protocol as protocol
+from alight.server.worker_protocol import WINDOW, Channel, Header
+from alight.target import Chunk, LoadOptions, Model, Sampling, Scores
+
+if TYPE_CHECKING:
+    from alight.target import FloatArray
+
+log = logging.getLogger(__name__)
+
+_GRACE = 6.0  # seconds that a worker gets to end; it gives its engine a little less
+_LINE = 2000  # bytes of a line in the log
+
+# The kernel ends a worker when the *thread* that started it ends (see worker._end_with), so one thread that
+# lasts as long as this process starts them all.
+_spawner = ThreadPoolExecutor(1, thread_name_prefix="alight-spawner")
+
+_Replies: TypeAlias = "queue.SimpleQueue[tuple[Header, bytearray] | None]"  # None: the process has ended
+
+
+class WorkerModel(Model):
+    """A model that a process of its own loads and runs. Call `load` before anything else.
+
+    Args:
+        artifact, options, target: as for `alight.api.load_artifact`.
+        on_crash: called once, from another thread, if the process ends although nobody closed the model.
+
+    Raises:
+        EngineError: the process does not start.
+    """
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        options: LoadOptions | None = None,
+        *,
+        target: str = "auto",
+        on_crash: Callable[[EngineCrashed], None] = lambda _: None,
+    ) -> None:
+        self.name = artifact.name
+        self._artifact = artifact
+        self._options = options or LoadOptions()
+        self._target = target
+        self._on_crash = on_crash
+        self._numbers = itertools.count()
+        self._requests: dict[int, _Replies] = {}
+        self._lock = threading.Lock()  # guards _requests, _closing and _crash
+        self._closing = False
+        self._crash: str | None = None  # how the process ended by itself
+        self._process, self._channel = _spawner.submit(_start).result()
+        self._last_lines: deque[str] = deque(maxlen=40)
+        self._errors = threading.Thread(target=self._read_errors, name="alight-worker-log", daemon=True)
+        self._errors.start()
+        self._reader = threading.Thread(target=self._read, name="alight-worker-reader", daemon=True)
+        self._reader.start()
+
+    def load(self) -> None:
+        """Wait until the model is loaded. The process ends if that fails.
+
+        Raises:
+            What the target raises: DoesNotFit, InvalidModelFile, TargetUnavailable, …; EngineCrashed.
+        """
+        try:
+            about, _ = self._ask(
+                "load",
+                artifact=protocol.artifact_to_json(self._artifact),
+                options=protocol.options_to_json(self._options),
+                target=self._target,
+            )
+        except BaseException:
+            self.close()
+            raise
+        self.info = protocol.info_from_json(about["info"])
+        self.template = protocol.template_from_json(about["template"])
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs and nobody closed it."""
+        return not self._closing and self._crash is None
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def memory(self) -> int:
+        """Bytes of memory that the process has now (its resident set, mapped weights included)."""
+        try:
+            return int(psutil.Process(self._process.pid).memory_info().rss) if self.alive else 0
+        except psutil.Error:
+            return 0
+
+    # -- the interface of Model ------------------------------------------------------------------
+
+    def generate(self, prompt: str | Sequence[int], sampling: Sampling | None = None) -> Generator[Chunk]:
+        text = prompt if isinstance(prompt, str) else _integers(prompt)
+        options = protocol.options_to_json(sampling or Sampling())
+        ended = False
+        with self._request("generate", prompt=text, sampling=options) as (number, replies):
+            try:
+                for taken in itertools.count(1):
+                    try:
+                        header, _ = self._next(replies)
+                    except EngineError:
+                        ended = True
+                        raise
+                    if "end" in header:
+                        ended = True
+                        return
+                    if taken % (WINDOW // 2) == 0:
+                        self._tell(number, "more", chunks=WINDOW // 2)
+                    yield protocol.chunk_from_json(header["chunk"])
+            finally:
+                if not ended:
+                    self._tell(number, "cancel")
+
+    def score(self, tokens: Sequence[int], *, distribution: bool = False) -> Scores:
+        scores: Scores = self._call("score", _integers(tokens), distribution=distribution)
+        return scores
+
+    def tokenize(self, text: str, *, bos: bool = False, special: bool = False) -> list[int]:
+        ids: list[int] = self._call("tokenize", text, bos=bos, special=special)
+        return ids
+
+    def prompt_tokens(self, pieces: Sequence[str]) -> list[int]:
+        ids: list[int] = self._call("prompt_tokens", list(pieces))  # one round trip for all of them
+        return ids
+
+    def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> bytes:
+        data: bytes = self._call("detokenize", _integers(tokens), special=special)
+        return data
+
+    def embed(self, texts: Sequence[str], *, pooling: str = "") -> FloatArray:
+        vectors: FloatArray = self._call("embed", list(texts), pooling=pooling)
+        return vectors
+
+    def rerank(self, query: str, documents: Sequence[str]) -> list[float]:
+        scores: list[float] = self._call("rerank", query, list(documents))
+        return scores
+
+    def metrics(self) -> dict[str, float]:
+        figures: dict[str, float] = self._call("metrics", timeout=2.0)  # a scrape does not wait for long
+        return figures
+
+    def close(self) -> None:
+        with self._lock:
+            self._closing = True
+        if not self._channel.hang_up(timeout=1.0):
+            self._process.kill()
+            self._channel.hang_up(timeout=1.0)
+        if threading.current_thread() is self._reader:  # on_crash led here
+            return
+        self._reader.join(_GRACE)
+        if self._reader.is_alive():
+            log.warning("the worker of %s does not end, so it is killed", self.name)
+            self._process.kill()
+            self._reader.join()
+
+    # -- requests --------------------------------------------------------------------------------
+
+    def _call(self, method: str, *arguments: Any, timeout: float | None = None, **options: Any) -> Any:
+        header, payload = self._ask(method, timeout=timeout, arguments=arguments, options=options)
+        return protocol.result_from_json(header, payload)
+
+    def _ask(self, call: str, *, timeout: float | None = None, **fields: Any) -> tuple[Header, bytearray]:
+        with self._request(call, **fields) as (_, replies):
+            return self._next(replies, timeout)
+
+    @contextmanager
+    def _request(self, call: str, **fields: Any) -> Iterator[tuple[int, _Replies]]:
+        """Send a request; gives its number, and the queue that its replies come to while the block lasts."""
+        replies: _Replies = queue.SimpleQueue()
+        with self._lock:
+            if not self.alive:
+                raise self._gone()
+            number = next(self._numbers)
+            self._requests[number] = replies
+        try:
+            self._tell(number, call, **fields)
+            yield number, replies
+        finally:
+            self._requests.pop(number, None)
+
+    def _tell(self, number: int, call: str, **fields: Any) -> None:
+        # Where the process is gone, the reader finds that out too, and tells all who wait for a reply.
+        with contextlib.suppress(OSError):
+            self._channel.send({"id": number, "call": call, **fields})
+
+    def _next(self, replies: _Replies, timeout: float | None = None) -> tuple[Header, bytearray]:
+        try:
+            reply = replies.get(timeout=timeout)
+        except queue.Empty:
+            raise EngineError(f"the worker of {self.name!r} does not answer") from None
+        if reply is None:
+            raise self._gone()
+        if "error" in reply[0]:
+            raise protocol.error_from_json(reply[0]["error"])
+        return reply
+
+    def _gone(self) -> EngineError:
+        if self._crash is None:
+            return EngineError(f"model {self.name!r} is closed", hint="Load it again.")
+        return EngineCrashed(
+            f"the process of model {self.name!r} {self._crash}", hint="Send the request again."
+        )
+
+    # -- the threads that read -------------------------------------------------------------------
+
+    def _read(self) -> None:
+        try:
+            while frame := self._channel.receive():
+                header, _ = frame
+                if replies := self._requests.get(header["id"]):
+                    replies.put(frame)
+                elif header["id"] == protocol.LOG:
+                    logger = logging.getLogger(header["name"])
+                    logger.log(header["level"], "%s: %s", self.name, header["text"])
+        except Exception:
+            log.exception("the worker of %s talks nonsense, so it is ended", self.name)
+        self._end()
+
+    def _end(self) -> None:
+        """The process has ended, or does now: reap it and tell everyone who waits for it."""
+        # With it goes what it started. It leads a group of its own, and its number is not free yet.
+        if hasattr(os, "killpg"):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        else:
+            self._process.kill()
+        code = self._process.wait()
+        self._errors.join(1.0)
+        with self._lock:
+            if not self._closing:
+                self._crash = _how(code, self._last_lines)
+            waiting = [*self._requests.values()]
+        try:
+            if self._crash is not None:
+                self._tell_crash()  # first, so that who tries again finds it counted
+        finally:
+            for replies in waiting:
+                replies.put(None)
+            self._channel.hang_up(timeout=1.0)
+            self._channel.close()
+
+    def _tell_crash(self) -> None:
+        error = self._gone()
+        assert isinstance(error, EngineCrashed)
+        log.warning("%s", error.message)
+        self._on_crash(error)
+
+    def _read_errors(self) -> None:
+        stream: IO[bytes] = self._process.stderr  # type: ignore[assignment]
+        with stream:
+            while line := stream.readline(_LINE):
+                text = line.decode(errors="replace").rstrip()
+                if text:
+                    self._last_lines.append(text)
+                    log.info("%s: %s", self.name, text)
+
+
+def _start() -> tuple[subprocess.Popen[bytes], Channel]:
+    """A new worker process, and the channel to it."""
+    level = logging.getLogger("alight").getEffectiveLevel()
+    # -P: no module of the working directory is taken for one of the library's.
+    command = [sys.executable, "-P", "-m", "alight.server.worker", str(os.getpid()), str(level)]
+    paths = os.pathsep.join(path for path in sys.path if path)  # it finds the same targets as we do
+    to_worker, from_worker = os.pipe(), os.pipe()
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=to_worker[0],
+            stdout=from_worker[1],
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C in a terminal is for the server
+            env={**os.environ, "PYTHONPATH": paths},
+        )
+    except OSError as error:
+        os.close(to_worker[1])
+        os.close(from_worker[0])
+        raise EngineError(f"cannot start a process for the model: {error.strerror}") from error
+    finally:
+        os.close(to_worker[0])
+        os.close(from_worker[1])
+    return process, Channel(from_worker[0], to_worker[1])
+
+
+def _how(code: int, lines: Sequence[str]) -> str:
+    """How a process ended, in words, with the last thing that its engine said."""
+    if code >= 0:
+        ended = f"ended with exit code {code}"
+    else:
+        try:
+            ended = f"was ended by {signal.Signals(-code).name}"
+        except ValueError:
+            ended = f"was ended by signal {-code}"
+    if -code == getattr(signal, "SIGKILL", None):
+        return ended + " (somebody killed it, or the memory ran out)"
+    # Python's own report of a crash comes after what the engine said, and is in the log.
+    said = list(itertools.takewhile(lambda line: not line.startswith("Fatal Python error"), lines))
+    return f"{ended}: {said[-1][:300]}" if said else ended
+
+
+def _integers(tokens: Sequence[int]) -> list[int]:
+    return [operator.index(token) for token in tokens]  # also NumPy's, which JSON does not know
