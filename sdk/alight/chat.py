@@ -104,7 +104,10 @@ class ChatTemplate:
         environment.globals.update(raise_exception=_refuse, strftime_now=_now)
         try:
             return environment.from_string(self.source)
-        except TemplateSyntaxError as error:
+        except (
+            TemplateSyntaxError,
+            SyntaxError,
+        ) as error:  # some only fail as the Python that Jinja makes of them
             raise InvalidModelFile(f"the model's chat template does not compile: {error}") from error
 
     def _checked(self, message: Message, index: int, keep_null: bool) -> dict[str, Any]:

@@ -66,9 +66,10 @@ def test_a_template_can_refuse() -> None:
         render("{{ raise_exception('roles must alternate') }}", {"role": "user", "content": "x"})
 
 
-def test_a_broken_template_is_the_files_fault() -> None:
+@pytest.mark.parametrize("template", ["{% if %}", "{% break %}"])
+def test_a_broken_template_is_the_files_fault(template: str) -> None:
     with pytest.raises(InvalidModelFile, match="does not compile"):
-        render("{% if %}", {"role": "user", "content": "x"})
+        render(template, {"role": "user", "content": "x"})
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,8 @@ def test_what_is_in_use_is_waited_for(store: Store, clock: Path) -> None:
             stream = model.generate(f"ticks=3 gate={clock / 'gate'} at=1")
             next(stream)
             third: Future[Model] = pool.submit(models.get, "third")
-            wait_until(lambda: [m.name for m in models.loaded()] == ["third", "tiny"])
+            wait_until(lambda: models._wanting_room is not None)
+            assert [m.name for m in models.loaded()] == ["third", "tiny"]
             # Who comes now for the one in use is not let in before: else the other might wait for ever.
             again = pool.submit(models.get, "tiny")
             wait_until(lambda: models.loaded()[1].waiting == 1)
@@ -100,7 +101,7 @@ def test_who_waits_for_room_may_go_away(store: Store, clock: Path) -> None:
                     raise AssertionError
 
             waiting = pool.submit(wait)
-            wait_until(lambda: "third" in [m.name for m in models.loaded()])
+            wait_until(lambda: models._wanting_room is not None)
             assert turn.cancel()
             waiting.result()
             wait_until(lambda: [m.name for m in models.loaded()] == ["tiny"])
@@ -146,7 +147,7 @@ def test_when_the_target_says_that_it_does_not_fit(store: Store, clock: Path) ->
 def test_waiting_ends_when_the_server_does(store: Store, clock: Path) -> None:
     with limited(store, ONE) as models, ThreadPoolExecutor(1) as pool, models.use("tiny"):
         waiting = pool.submit(models.get, "third")
-        wait_until(lambda: "third" in [m.name for m in models.loaded()])
+        wait_until(lambda: models._wanting_room is not None)
         models.close()
         with pytest.raises(EngineError, match="shutting down"):
             waiting.result()

@@ -252,7 +252,9 @@ input()
 """
 
 
-@pytest.mark.parametrize("busy", ["ticks=1000000000 pause=0.01", "ticks=2 gate=/nowhere at=0", "hang=0"])
+@pytest.mark.parametrize(
+    "busy", ["ticks=1000000000 pause=0.01", "ticks=2 gate=/nowhere at=0", "pause=0.2 hang=1"]
+)
 def test_it_dies_with_its_parent(clock: Path, artifact: Artifact, busy: str) -> None:
     if "hang" in busy and sys.platform != "linux":
         pytest.skip("only Linux ends a process whose threads are stuck")
@@ -265,13 +267,22 @@ def test_it_dies_with_its_parent(clock: Path, artifact: Artifact, busy: str) -> 
     wait_until(lambda: gone(worker))
 
 
+def answers(model: Model) -> bool:
+    try:
+        return bool(model.metrics())
+    except EngineError:
+        return False
+
+
 def test_a_worker_that_is_stuck_is_killed(
     clock: Path, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("alight.server.worker_model._GRACE", 0.5)
     model = InWorker("clock").load(artifact, LoadOptions())
     assert isinstance(model, WorkerModel)
-    next(model.generate("hang=0"))
+    stream = model.generate("pause=0.2 hang=1")
+    next(stream)
+    wait_until(lambda: not answers(model))
     model.close()
     assert gone(model.pid)
 

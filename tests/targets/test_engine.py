@@ -96,11 +96,11 @@ def test_arrivals_at_once_read_a_common_beginning_once(load: Load) -> None:
 
 
 def test_preempted_requests_are_resumed(load: Load) -> None:
-    model = load(context=128, slots=4)
-    prompts = [[i] * 40 for i in range(4)]
-    answers = together(model, prompts, greedy(60))  # 4 x 100 tokens in 128 cells
+    model = load(context=256, slots=8)
+    prompts = [[i] * 60 for i in range(8)]
+    answers = together(model, prompts, greedy(180))  # 8 x 240 tokens in 256 cells
     assert model.metrics()["preemptions"] > 0
-    assert_as_alone(load(context=128), prompts, answers)
+    assert_as_alone(load(context=256), prompts, answers)
 
 
 def test_more_requests_than_slots_wait(load: Load) -> None:
