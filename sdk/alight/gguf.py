@@ -141,13 +141,7 @@ class GGUFHeader:
 
     @property
     def quantization(self) -> str:
-        said = FILE_TYPES.get(self.metadata.get("general.file_type", -1))
-        if said or not self.tensors:
-            return said or "unknown"
-        held: dict[str, int] = {}  # the type that most weights have
-        for t in self.tensors:
-            held[t.type] = held.get(t.type, 0) + t.count
-        return max(held, key=held.__getitem__)
+        return FILE_TYPES.get(self.metadata.get("general.file_type", -1), "unknown")
 
 
 def read_header(path: Path | str) -> GGUFHeader:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 
-# llama.cpp's threads meet at a barrier some thousand times per token. By default libgomp spins there for
-# about a millisecond, and where another program holds one of the cores, the spinner keeps the thread that
-# it waits for from running: decode fell from 57 to 3 tokens/s on two busy cores. A short spin and then sleep.
-_SPINS = "100"
+# llama.cpp's threads meet at a barrier some thousand times per token. By default libgomp spins there 300,000
+# times, and where another program holds one of the cores, the spinner keeps the thread that it waits for
+# from running. SmolLM2-135M on two cores, tokens/s at 100, 1,000, 10,000 and 300,000 spins: 57, 35, 5 and 3
+# among busy programs; 43, 130, 125 and 120 alone. So: long enough for a barrier, short enough to share.
+_SPINS = "2000"
 
 
 def calm() -> None:
