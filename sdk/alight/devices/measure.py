@@ -92,7 +92,12 @@ def matmul_speeds(threads: int, instructions: tuple[str, ...] = ()) -> tuple[Fig
     """
     try:
         ggml = _Ggml()
-        return ggml.matmul_speed(_GGML_Q8_0, threads), ggml.matmul_speed(_GGML_F32, threads)
+        # In a thread that ends: OpenMP keeps a team per calling thread, and with more of them than cores it
+        # throttles every model that this process loads later (to a third of its speed, on two cores).
+        with ThreadPoolExecutor(1) as short_lived:
+            kinds = (_GGML_Q8_0, _GGML_F32)
+            int8, float32 = short_lived.map(lambda kind: ggml.matmul_speed(kind, threads), kinds)
+        return int8, float32
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         log.info("ggml cannot be used, so int8 speed is estimated: %s", error)
         return _numpy_speeds(instructions)
