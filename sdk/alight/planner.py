@@ -337,7 +337,7 @@ _KERNELS = {
 }
 _SLOWEST = (0.3, 0.5)
 # One token at a time re-uses nothing that it loads, so the multipliers idle.
-_DECODE_SHARE = 0.25
+_DECODE_SHARE = 0.16
 
 
 def predict(
