@@ -20,6 +20,8 @@ check: $(VENV)/.dev   ## lint, types, layers
 
 bench: $(VENV)/.dev   ## the measured figures that README and docs quote
 	$(PY) benchmarks/footprint.py
+	$(PY) benchmarks/planner.py
+	$(PY) benchmarks/serving.py --quick
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
