@@ -37,7 +37,14 @@ $(VENV)/.demo: pyproject.toml $(VENV)/.engine
 	$(PIP) -q -e '.[demo]'
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml $(VENV)/.engine
+# The CPU build of torch, before the extras would take the CUDA one (gigabytes) on x86-64 Linux. Set TORCH=torch
+# to let pip choose, for instance on a machine with a GPU.
+TORCH  ?= torch==2.13.0
+$(VENV)/.torch: | $(VENV)/bin/python
+	$(PIP) -q $(TORCH)
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/.engine $(VENV)/.torch
 	$(PIP) -q -e '.[dev]'
 	@touch $@ $(VENV)/.demo
 
