@@ -43,7 +43,6 @@ def open_llama_cpp(file: str, threads: int) -> tuple[Complete, Callable[[], Figu
         n_ctx=CONTEXT,
         n_threads=threads,
         n_threads_batch=threads,
-        flash_attn=True,
         verbose=False,
     )
 

@@ -62,8 +62,8 @@ def step_overhead(records: Sequence[Record], case: str) -> Figures:
     rounds = []
     for record in measured(records, case, peer=False).values():
         told = {name.removeprefix("alight_engine_"): value for name, value in record.metrics.items()}
-        if steps := told.get("steps"):
-            whole, inside = told["step_seconds"], told["decode_seconds"]
+        if steps := told.get("steps_total"):
+            whole, inside = told["step_seconds_total"], told["decode_seconds_total"]
             rounds.append(
                 {
                     "ms": 1000 * (whole - inside) / steps,

@@ -26,6 +26,8 @@ def value(item: Any) -> bytes:
     assert isinstance(item, list)
     if isinstance(item[0], str):
         return struct.pack("<IIQ", 9, 8, len(item)) + b"".join(map(string, item))
+    if isinstance(item[0], float):
+        return struct.pack("<IIQ", 9, 6, len(item)) + struct.pack(f"<{len(item)}f", *item)
     return struct.pack("<IIQ", 9, 5, len(item)) + struct.pack(f"<{len(item)}i", *item)
 
 

@@ -107,9 +107,9 @@ def test_table() -> None:
 def test_overhead_of_a_step() -> None:
     one = record("decode_1", "alight", 0, 100)
     one.metrics = {
-        "alight_engine_steps": 100,
-        "alight_engine_step_seconds": 2.0,
-        "alight_engine_decode_seconds": 1.5,
+        "alight_engine_steps_total": 100,
+        "alight_engine_step_seconds_total": 2.0,
+        "alight_engine_decode_seconds_total": 1.5,
     }
     told = report.step_overhead([one], "decode_1")
     assert told == {"ms": pytest.approx(5), "of_ms": pytest.approx(20), "share": pytest.approx(0.25)}

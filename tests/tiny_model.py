@@ -19,8 +19,14 @@ def _byte_tokens() -> list[str]:
     return [stand_in[b] for b in range(256)]
 
 
-def tiny_model(path: Path, *, seed: int = 0, layers: int = LAYERS, context: int = 512) -> Path:
-    """Write the model to `path`. Its tokens are the 256 bytes, "th", and an end token (257)."""
+def tiny_model(
+    path: Path, *, seed: int = 0, layers: int = LAYERS, context: int = 512, mrope: bool = False
+) -> Path:
+    """Write the model to `path`. Its tokens are the 256 bytes, "th", and an end token (257).
+
+    Args:
+        mrope: a Qwen2-VL instead: positions have several dimensions, so that images can be flat.
+    """
     random = np.random.default_rng(seed)
     tokens = [*_byte_tokens(), "th", "<|end|>"]
     vocabulary = len(tokens)
@@ -57,7 +63,17 @@ def tiny_model(path: Path, *, seed: int = 0, layers: int = LAYERS, context: int 
             "ffn_up": (FFN, HIDDEN), "ffn_down": (HIDDEN, FFN),
         }  # fmt: skip
         shapes |= {f"blk.{i}.{name}.weight": shape for name, shape in block.items()}
-    return _written(path, metadata, shapes, random)
+        if mrope:
+            shapes |= {
+                f"blk.{i}.attn_q.bias": (HIDDEN,),
+                f"blk.{i}.attn_k.bias": (kv,),
+                f"blk.{i}.attn_v.bias": (kv,),
+            }
+    if mrope:
+        metadata = {key.replace("llama.", "qwen2vl."): value for key, value in metadata.items()}
+        metadata["general.architecture"] = "qwen2vl"
+        metadata["qwen2vl.rope.dimension_sections"] = [2, 3, 3, 0]
+    return written(path, metadata, shapes, random)
 
 
 def tiny_adapter(path: Path, *, seed: int = 1, rank: int = 4) -> Path:
@@ -74,16 +90,17 @@ def tiny_adapter(path: Path, *, seed: int = 1, rank: int = 4) -> Path:
         "adapter.type": "lora",
         "adapter.lora.alpha": 8.0,
     }
-    return _written(path, metadata, shapes, np.random.default_rng(seed), scale=0.5)
+    return written(path, metadata, shapes, np.random.default_rng(seed), scale=0.5)
 
 
-def _written(
+def written(
     path: Path,
     metadata: dict[str, object],
     shapes: dict[str, tuple[int, ...]],
     random: np.random.Generator,
     scale: float = 0.25,
 ) -> Path:
+    """A GGUF with random matrices and vectors of ones."""
     data, table = b"", []
     for name, shape in shapes.items():
         values = np.ones(shape) if len(shape) == 1 else random.normal(0, scale, shape)

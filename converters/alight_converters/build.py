@@ -1,224 +1,213 @@
-"""Build the GGUF that fits a device: make candidates, measure each against the source, choose one."""
+"""Build the GGUF that fits a device: search among its forms, measured against the source, and keep the best."""
 
 from __future__ import annotations
 
-import json
-import platform
 import shutil
-import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-import alight
-from alight import evaluate, paths, planner, plugins
-from alight.artifact import REPORT, SOURCE, Artifact, Description
+from alight import planner
+from alight.artifact import REPORT, REPORT_PAGE, SOURCE, Artifact, Description, digest_of
+from alight.blobs import disk_full_is_ours, hash_file
 from alight.builder import Builder, BuildRequest, BuildResult, Candidate, Progress
-from alight.errors import BadInput, DiskFull, Unsupported
-from alight.gguf import GGUFHeader, read_header
-from alight.planner import Prediction
+from alight.errors import BadInput
+from alight.gguf import read_header
+from alight.planner import Form, Prediction
+from alight.shape import takes_imatrix
 from alight.store import Store
-from alight.target import LoadOptions, Model
+from alight_converters import report
+from alight_converters.build_measure import Judge
+from alight_converters.build_weights import Weights, calibration_of, imatrix_of
+from alight_converters.build_workspace import key_of, workspace
 from alight_converters.quantize.gguf import quantize
+from alight_converters.search import SEARCHED, choose, pareto, search
 
-_FLOAT = ("F32", "F16", "BF16")
+__all__ = ["GGUFBuilder", "choose", "keep"]
 
 
 class GGUFBuilder(Builder):
     """GGUF artifacts through llama.cpp's quantizer."""
 
     def plan(self, request: BuildRequest) -> list[Prediction]:
-        return planner.plan(
-            planner.shape_of_gguf([_header(request.source)]),
-            request.device,
-            types=request.types or planner.WORTH_TRYING,
-            context=request.context,
-            min_speed=request.min_speed,
-            max_memory=request.max_memory,
-        )
+        with workspace(0) as folder:
+            return _plan(request, Weights(request.source, folder))
 
     def build(self, request: BuildRequest, progress: Progress | None = None) -> BuildResult:
-        plan = self.plan(request)
-        with _workspace(request.source.size) as folder:
-            reference, note = _reference(request, folder, progress)
-            made: list[tuple[Candidate, Path]] = []
-            for prediction in plan:
-                name = prediction.quantization
-                file = quantize(request.source.weights[0], folder / f"{name}.gguf", name)
-                made.append((_measure(file, prediction, reference, progress), file))
-            if not request.types:  # the source as it is may be the best form already
-                made.append((_measure_source(request, reference, progress), request.source.weights[0]))
-            made = [_measure_speed_again(candidate, file) for candidate, file in made]
-            candidates = [candidate for candidate, _ in made]
+        if request.folder is not None and request.folder.exists():
+            raise BadInput(f"{request.folder} exists already", hint="Give a new folder.")
+        with workspace(request.source.size) as folder, disk_full_is_ours(folder):
+            source = Weights(request.source, folder)
+            plan = _plan(request, source)
+            forms = _Forms(source, request, progress)
+            judge = Judge(source, request, progress)
+
+            def measure(p: Prediction) -> Candidate:
+                return judge.measure(p, forms.made_of(p.quantization), lambda: forms.file(p.quantization))
+
+            if request.types:
+                candidates = [measure(p) for p in plan]
+            else:
+                candidates = search(plan, request, measure, known=_source_itself(judge))
+            candidates = [judge.settle(c, forms.made_of(c.quantization)) for c in candidates]
             chosen, reason = choose(candidates, request)
-            report = folder / REPORT
-            report.write_text(json.dumps(_report(request, candidates, chosen, reason, note), indent=2))
-            file = next(file for candidate, file in made if candidate is chosen)
-            artifact = _keep(request, file, report)
-        return BuildResult(artifact, tuple(candidates), chosen, reason)
+            front = pareto(candidates, request)
+            made_of = forms.made_of(chosen.quantization)
+            file = forms.file(chosen.quantization)
+            data = report.of_build(
+                request,
+                candidates,
+                front,
+                chosen,
+                reason,
+                weights=source.digest,
+                note=judge.reference_note(),
+                samples=report.samples(judge.source_answers(), judge.answers(made_of, lambda: file)),
+                calibration=forms.calibration_note,
+            )
+            artifact = keep(request.name, file, data, folder, source=request.source)
+            write_folder(artifact, request.folder)
+        return BuildResult(artifact, tuple(candidates), chosen, reason, front, (artifact,))
 
     def convert(self, source: Path, target: Path, quantization: str) -> Path:
         return quantize(source, target, quantization)
 
 
-def choose(candidates: Sequence[Candidate], request: BuildRequest) -> tuple[Candidate, str]:
-    """The fastest candidate that loses no more than `max_kl`; if all lose more, the one that loses least.
-
-    Speed is what was measured where the device is this machine, and what was predicted elsewhere.
-    """
-
-    def fast(c: Candidate) -> float:
-        return speed_on(c, request)
-
-    quick = [c for c in candidates if fast(c) >= request.min_speed]
-    if not quick:
-        best = max(candidates, key=fast)
-        raise BadInput(
-            f"no form reaches {request.min_speed:g} tokens/s on {request.device.name}: {best.quantization} "
-            f"comes nearest with {fast(best):.1f}",
-            hint="Lower --min-speed, or use a smaller model.",
-        )
-    good = [c for c in quick if kl_of(c) <= request.max_kl]
-    if good:
-        best = max(good, key=fast)
-        return best, f"the fastest of {len(good)} whose KL to the source is at most {request.max_kl:g} nats"
-    best = min(quick, key=kl_of)
-    return best, f"none keeps the KL to the source under {request.max_kl:g} nats; this one loses least"
-
-
-def speed_on(c: Candidate, request: BuildRequest) -> float:
-    """Decode speed that counts for the choice, tokens/s."""
-    return c.speed.decode if request.device.id == "this" else c.prediction.decode
-
-
-def kl_of(c: Candidate) -> float:
-    return c.quality.kl_mean if c.quality.kl_mean is not None else float("inf")
-
-
-@contextmanager
-def _workspace(size: int) -> Iterator[Path]:
-    """A folder for candidates on the store's disk; gone afterwards, whatever happens."""
-    root = paths.home() / "build"
-    root.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(root).free
-    if free < size:
-        raise DiskFull(root, size, free)
-    with tempfile.TemporaryDirectory(dir=root) as folder:
-        yield Path(folder)
-
-
-def _reference(
-    request: BuildRequest, folder: Path, progress: Progress | None
-) -> tuple[evaluate.Reference, str]:
-    """The source model's own distributions, in float where it is quantized, and a note that says which."""
-    source = request.source
-    with _load(source, request) as model:
-        if request.text is None:
-            windows = evaluate.sample_text(model, request.tokens, seed=request.seed, progress=progress)
-            text = f"sampled from the source model, seed {request.seed}"
-        else:
-            windows = evaluate.windows_of(model, request.text, request.tokens)
-            text = "given text"
-        if source.description.quantization in _FLOAT:
-            return evaluate.Reference.of(model, windows, progress), f"{text}; reference: the source"
-    if request.device.id == "this" and 4.5 * source.description.parameters > request.device.available_bytes:
-        with _load(source, request) as model:
-            note = f"{text}; reference: the quantized source, since its float32 form does not fit here"
-            return evaluate.Reference.of(model, windows, progress), note
-    float_file = quantize(source.weights[0], folder / "F32.gguf", "F32")
-    with _load(Artifact.loose(float_file), request) as model:
-        reference = evaluate.Reference.of(model, windows, progress)
-    float_file.unlink()
-    return reference, f"{text}; reference: the source dequantized to float32"
-
-
-def _measure(
-    file: Path, prediction: Prediction, reference: evaluate.Reference, progress: Progress | None
-) -> Candidate:
-    started = time.perf_counter()
-    model = _load(replace(Artifact.loose(file), name=prediction.quantization))
-    loaded = time.perf_counter() - started
-    with model:
-        return Candidate(
-            quantization=prediction.quantization,
-            size=file.stat().st_size,
-            prediction=prediction,
-            quality=evaluate.compare(model, reference, progress),
-            speed=evaluate.speed(model),
-            load_seconds=loaded,
-        )
-
-
-def _measure_source(
-    request: BuildRequest, reference: evaluate.Reference, progress: Progress | None
-) -> Candidate:
-    shape = planner.shape_of_gguf([_header(request.source)])
-    name = request.source.description.quantization
-    prediction = planner.predict(shape, request.device, quantization=name, context=request.context)
-    return replace(_measure(request.source.weights[0], prediction, reference, progress), is_source=True)
-
-
-def _measure_speed_again(candidate: Candidate, file: Path) -> tuple[Candidate, Path]:
-    """A second visit after all others: on a machine with other work, the better of two is nearer the truth."""
-    with _load(Artifact.loose(file)) as model:
-        second = evaluate.speed(model)
-    if second.decode > candidate.speed.decode:
-        candidate = replace(candidate, speed=second)
-    return candidate, file
-
-
-def _load(artifact: Artifact, request: BuildRequest | None = None) -> Model:
-    context = 1024 if request is None else min(1024, request.context)
-    return plugins.choose_target(artifact).load(artifact, LoadOptions(context=context))
-
-
-def _header(source: Artifact) -> GGUFHeader:
-    if source.format != "gguf":
-        raise Unsupported(
-            f"{source.name!r} is a {source.format} checkpoint",
-            hint="Converting checkpoints is not in this version yet: give a GGUF file.",
-        )
-    if len(source.weights) > 1:
-        raise Unsupported(
-            f"{source.name!r} is split into {len(source.weights)} files", hint="Merge them first."
-        )
-    return source.header()
-
-
-def _report(
-    request: BuildRequest, candidates: Sequence[Candidate], chosen: Candidate, reason: str, note: str
-) -> dict[str, object]:
-    return {
-        "alight": alight.__version__,
-        "source": {
-            "name": request.source.name,
-            "digest": request.source.digest,
-            "lineage": request.source.lineage,
-        },
-        "device": request.device.to_json(),
-        "measured_on": platform.processor() or platform.machine(),
-        "quality_measured_on": note,
-        "limits": {
-            "context": request.context,
-            "min_speed": request.min_speed,
-            "max_memory": request.max_memory,
-            "max_kl": request.max_kl,
-        },
-        "candidates": [c.to_json() for c in candidates],
-        "chosen": chosen.quantization,
-        "reason": reason,
-    }
-
-
-def _keep(request: BuildRequest, file: Path, report: Path) -> Artifact:
-    source = request.source
+def keep(name: str, file: Path, data: dict[str, Any], folder: Path, *, source: Artifact) -> Artifact:
+    """Put a GGUF with its report and the source's licence into the store."""
+    texts = {REPORT: report.to_json(data), REPORT_PAGE: report.to_html(data)}
+    for path, text in texts.items():
+        (folder / path).write_text(text, encoding="utf-8")
     extra = {path: f for path, f in source.files.items() if path.lower().startswith(("license", "licence"))}
     return Store().add(
-        request.name,
-        {"model.gguf": file, REPORT: report, **extra},
-        Description.of_gguf(read_header(file), licence=source.description.licence, title=request.name),
-        lineage=source.lineage,
+        name,
+        {"model.gguf": file, **{path: folder / path for path in texts}, **extra},
+        Description.of_gguf(read_header(file), licence=source.description.licence, title=name),
+        lineage=source.lineage or lineage_of(source),
         annotations={SOURCE: source.annotations.get(SOURCE, source.name)},
     )
+
+
+def lineage_of(loose: Artifact) -> str:
+    """The lineage that the store would give to files that are not in it."""
+    digests = [hash_file(file) for file in loose.weights]
+    return digests[0] if len(digests) == 1 else digest_of("\n".join(digests).encode())
+
+
+def write_folder(artifact: Artifact, folder: Path | None) -> None:
+    """Lay an artifact's files out in a plain folder of copies, which appears when it is complete."""
+    if folder is None:
+        return
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        with disk_full_is_ours(folder.parent):
+            for path, blob in artifact.files.items():
+                (part / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(blob, part / path)
+            part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _plan(request: BuildRequest, source: Weights) -> list[Prediction]:
+    types: Sequence[str] | None = request.types
+    if types is None:
+        with_imatrix = _imatrix_fits(request, source)
+        types = [form.name for kind in _kinds(source) for form in _worth_trying(kind, with_imatrix)]
+    elif request.calibration is not None and not any(Form.parse(t).imatrix for t in types):
+        raise BadInput(
+            "a calibration text is given, but no importance matrix is made from it",
+            hint=f"Ask for {types[0].lower()}+imatrix.",
+        )
+    return planner.plan(
+        source.shape,
+        request.device,
+        types=types,
+        context=request.context,
+        min_speed=request.min_speed,
+        max_memory=request.max_memory,
+        streams=request.streams,
+        distinct=request.types is None,  # what was asked for is built
+    )
+
+
+def _kinds(source: Weights) -> list[str]:
+    """The types to search: a GGUF takes part as it is, and so does the float form of a checkpoint."""
+    if source.is_gguf:
+        return [kind for kind in SEARCHED if kind != source.quantization]
+    return ["F16", *SEARCHED]
+
+
+def _worth_trying(kind: str, with_imatrix: bool) -> list[Form]:
+    plain = Form(kind)
+    return [plain, Form(kind, imatrix=True)] if with_imatrix and takes_imatrix(kind) else [plain]
+
+
+def _imatrix_fits(request: BuildRequest, source: Weights) -> bool:
+    """Whether an importance matrix can be made here: it takes torch, and the model in float32."""
+    if find_spec("torch") is None:
+        return False
+    from alight.devices import available_memory
+
+    free = request.device.available_bytes if request.device.id == "this" else available_memory()
+    return 5 * source.shape.parameters < free and source.has_family
+
+
+def _source_itself(judge: Judge) -> list[Candidate]:
+    """The source as it is may be the best form already."""
+    source, request = judge.source, judge.request
+    if not source.is_gguf:
+        return []
+    prediction = planner.predict(
+        source.shape,
+        request.device,
+        quantization=source.quantization,
+        context=request.context,
+        streams=request.streams,
+    )
+    made_of = {"file": source.digest}
+    return [judge.measure(prediction, made_of, lambda: source.gguf, is_source=True)]
+
+
+class _Forms:
+    """The files of a source's forms, each made when it is first asked for."""
+
+    def __init__(self, source: Weights, request: BuildRequest, progress: Progress | None) -> None:
+        self.source = source
+        self.calibration_note = ""
+        self.imatrix_file: Path | None = None
+        self._request = request
+        self._progress = progress
+        self._files: dict[str, Path] = {}
+
+    def made_of(self, name: str) -> dict[str, Any]:
+        """What decides the bytes of a form."""
+        if self._is_source(name):
+            return {"file": self.source.digest}
+        form = Form.parse(name)
+        text, seed = self._request.calibration, self._request.seed
+        calibration: dict[str, Any] | None = None
+        if form.imatrix:
+            calibration = {"seed": seed} if text is None else {"text": key_of(text=text)}
+        return {"weights": self.source.digest, "form": form.name, "calibration": calibration}
+
+    def file(self, name: str) -> Path:
+        if self._is_source(name):
+            return self.source.gguf
+        if name not in self._files:
+            form = Form.parse(name)
+            self._files[name] = self.source.make(form, self._imatrix() if form.imatrix else None)
+        return self._files[name]
+
+    def _is_source(self, name: str) -> bool:
+        return self._request.types is None and self.source.is_gguf and name == self.source.quantization
+
+    def _imatrix(self) -> Path:
+        if self.imatrix_file is None:
+            checkpoint, request = self.source.checkpoint, self._request
+            calibration = calibration_of(checkpoint, request.calibration, request.seed, self._progress)
+            self.calibration_note = f"{calibration.origin}, {calibration.tokens} tokens"
+            self.imatrix_file = imatrix_of(checkpoint, calibration, self._progress)
+        return self.imatrix_file

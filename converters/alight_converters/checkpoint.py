@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,11 +22,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from alight.errors import BadInput, DiskFull, InvalidModelFile
+from alight.errors import BadInput, DiskFull, InvalidModelFile, Unsupported
 from alight_converters.families import Family, family_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -67,12 +67,24 @@ class Checkpoint:
             config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         except ValueError as error:
             raise InvalidModelFile(f"{folder / CONFIG} is not JSON: {error}") from error
+        if not isinstance(config, dict):
+            raise InvalidModelFile(f"{folder / CONFIG} holds a {type(config).__name__}, not an object")
         return cls(folder, config, _shards(folder))
 
     @cached_property
     def family(self) -> Family:
         """The family of `config["model_type"]`. Raises Unsupported for one that alight does not know."""
         return family_of(self.config)
+
+    @cached_property
+    def full_config(self) -> dict[str, Any]:
+        """`config` with its defaults, as `transformers` fills them in; old rope settings become `rope_parameters`.
+
+        Raises:
+            Unsupported: unknown family. InvalidModelFile: `transformers` refuses the config, with its words.
+        """
+        found: dict[str, Any] = self._transformers_config().to_dict()
+        return found
 
     @cached_property
     def digest(self) -> str:
@@ -118,6 +130,38 @@ class Checkpoint:
                 for name in sorted(opened.keys()):
                     yield name, opened.get_tensor(name)
 
+    def check_shapes(self) -> None:
+        """Compare the tensors with what the config announces; no weights are read.
+
+        Raises:
+            InvalidModelFile: a tensor is missing, of another shape, or of no use. Unsupported: weights are quantized.
+        """
+        from transformers import AutoModelForCausalLM
+
+        if self.config.get("quantization_config"):
+            raise Unsupported(
+                f"the weights of {self.folder.name} are quantized already",
+                hint="Give the checkpoint that it was made from.",
+            )
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(self._transformers_config())  # type: ignore[no-untyped-call]
+        wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+        found = {
+            name: shape for name, shape in self.shapes.items() if not name.endswith("rotary_emb.inv_freq")
+        }
+        wrong = [f"{n} is missing" for n in wanted if n not in found and n not in tied]
+        wrong += [
+            f"{n} is {list(s)}, not {list(wanted[n])}" for n, s in found.items() if s != wanted.get(n, s)
+        ]
+        wrong += [f"{n} is not part of the model" for n in found if n not in wanted]
+        if wrong:
+            more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            raise InvalidModelFile(
+                f"{self.folder.name} does not match its {CONFIG}: {'; '.join(wrong[:3])}{more}",
+                hint="Download it again, or correct the config.",
+            )
+
     def check(self) -> None:
         """Read all weights once. Raises InvalidModelFile, naming the tensor, where one is not finite."""
         for name, tensor in self.tensors():
@@ -141,7 +185,7 @@ class Checkpoint:
         model = AutoModelForCausalLM.from_pretrained(
             self.folder, dtype=dtype, local_files_only=True, trust_remote_code=False
         )
-        loaded: PreTrainedModel = model.to(device).eval()
+        loaded: PreTrainedModel = model.to(torch.device(device)).eval()  # type: ignore[arg-type]
         return loaded
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -153,14 +197,28 @@ class Checkpoint:
         )
         return found
 
+    def _transformers_config(self) -> PretrainedConfig:
+        from transformers import AutoConfig
+
+        _ = self.family  # an unknown one gets our error, which says what to do
+        try:
+            found: PretrainedConfig = AutoConfig.from_pretrained(
+                self.folder, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # each config class has checks, and exceptions, of its own
+            raise InvalidModelFile(f"{self.folder / CONFIG} is not usable: {error}") from error
+        return found
+
     def with_tensors(self, tensors: Tensors, folder: Path, **changed: Any) -> Checkpoint:
         """Write a checkpoint of these tensors, with this one's tokenizer, and its config where not `changed`."""
         return write(folder, self.config | changed, tensors, like=self)
 
-    def with_model(self, model: PreTrainedModel, folder: Path) -> Checkpoint:
-        """Write a model in memory as a checkpoint, with this one's tokenizer. Keeps the stored dtype."""
+    def with_model(
+        self, model: PreTrainedModel, folder: Path, dtype: torch.dtype | None = None
+    ) -> Checkpoint:
+        """Write a model in memory as a checkpoint, with this one's tokenizer, and its dtype if none is given."""
         config = model.config.to_dict()
-        dtype = _stored_dtype(self)
+        dtype = dtype or _stored_dtype(self)
         tied = set(getattr(model, "all_tied_weights_keys", None) or {}) if _is_tied(config) else set()
         state = (
             (name, t.detach().to("cpu", dtype)) for name, t in model.state_dict().items() if name not in tied
@@ -170,9 +228,17 @@ class Checkpoint:
 
 
 def write(
-    folder: Path, config: dict[str, Any], tensors: Tensors, *, like: Checkpoint | None = None
+    folder: Path,
+    config: dict[str, Any],
+    tensors: Tensors,
+    *,
+    like: Checkpoint | None = None,
+    files: Mapping[str, str] | None = None,
 ) -> Checkpoint:
     """Write a checkpoint; it appears at `folder` when it is complete. Weights go to shards of 2 GB at most.
+
+    Args:
+        like: where the other files come from. files: text files to write besides, by name.
 
     Raises:
         BadInput: `folder` exists. DiskFull: no room.
@@ -184,6 +250,8 @@ def write(
     try:
         for file in like.other_files() if like else ():
             shutil.copyfile(file, part / file.name)
+        for name, text in (files or {}).items():
+            (part / name).write_text(text, encoding="utf-8")
         (part / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         _write_weights(part, tensors)
         for file in part.iterdir():
@@ -224,7 +292,7 @@ def _write_weights(folder: Path, tensors: Tensors) -> None:
     if len(names) == 1:
         (folder / "0.part").rename(folder / WEIGHTS)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, held in enumerate(names):
         file = f"model-{number + 1:05}-of-{len(names):05}.safetensors"
         (folder / f"{number}.part").rename(folder / file)
@@ -235,7 +303,7 @@ def _write_weights(folder: Path, tensors: Tensors) -> None:
 
 def _shards(folder: Path) -> dict[str, Path]:
     if (folder / INDEX).is_file():
-        weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        weight_map = _weight_map(folder / INDEX)
         if any(Path(file).name != file for file in weight_map.values()):
             raise InvalidModelFile(f"{folder / INDEX} names a file outside its folder")
         missing = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
@@ -246,17 +314,26 @@ def _shards(folder: Path) -> dict[str, Path]:
                 hint="Download it again.",
             )
         return {name: folder / file for name, file in weight_map.items()}
-    files = sorted(folder.glob("*.safetensors"))
+    files = [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else sorted(folder.glob("*.safetensors"))
     if not files:
         raise BadInput(
             f"{folder} has no *.safetensors",
             hint="Pickled weights (*.bin, *.pt) are never loaded: save the model as safetensors.",
         )
-    found = {}
+    found: dict[str, Path] = {}
     for file in files:
         with _opened(file) as opened:
             found |= dict.fromkeys(opened.keys(), file)
     return found
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        return {
+            str(k): str(v) for k, v in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InvalidModelFile(f"{index} is damaged: {error!r}", hint="Download it again.") from error
 
 
 @contextmanager

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alight import devices, plugins, sources
-from alight.artifact import ASKED, SOURCE, Artifact, Description
+from alight.artifact import ASKED, SOURCE, Artifact, Description, is_projector
 from alight.errors import BadInput
 from alight.preset import adapters_of
 from alight.store import Store, normal_name
 from alight.target import LoadOptions, Model
 
 if TYPE_CHECKING:
-    from alight.builder import Builder, BuildRequest, BuildResult
+    from alight.builder import Builder, BuildRequest, BuildResult, RecipeRunner
     from alight.devices import Device
     from alight.lan.client import RemoteServer
     from alight.lan.discovery import Peer
@@ -47,6 +47,8 @@ def load_artifact(artifact: Artifact, options: LoadOptions | None = None, *, tar
             hint=f"It reads: {', '.join(sorted(chosen.formats))}.",
         )
     options = options or LoadOptions()
+    if artifact.projector and not options.projector:
+        options = replace(options, projector=str(artifact.projector))
     if brought := adapters_of(artifact):
         options = replace(options, adapters=(*options.adapters, *brought))
     return chosen.load(artifact, options)
@@ -101,7 +103,9 @@ def describe(files: dict[str, Path], format: str, *, licence: str = "", title: s
     if format == "gguf":
         from alight.gguf import read_header
 
-        headers = [read_header(file) for path, file in sorted(files.items()) if path.endswith(".gguf")]
+        weights = [path for path in sorted(files) if path.endswith(".gguf")]
+        own = [path for path in weights if not is_projector(path)] or weights
+        headers = [read_header(files[path]) for path in own]
         first = Description.of_gguf(headers[0], licence=licence, title=title)
         return replace(first, parameters=sum(h.parameters for h in headers))
     from alight.planner import shape_of_checkpoint
@@ -117,9 +121,9 @@ def describe(files: dict[str, Path], format: str, *, licence: str = "", title: s
 
 
 def build(
-    source: str,
+    source: str | Path,
     *,
-    device: str | Device = "this",
+    device: str | Device | None = None,
     name: str | None = None,
     format: str = "gguf",
     progress: Progress | None = None,
@@ -128,22 +132,51 @@ def build(
     """Build the form of a model that fits a device, measured against its source, into the store.
 
     Args:
-        source: a model of the store, a file or any source.
-        device: "this" (measured now), a known board's name (`alight probe --list`), or a Device.
-        name: the artifact's name in the store; by default the source's name and the device's.
-        limits: the rest of BuildRequest: types, context, min_speed, max_memory, max_kl, text, tokens, seed.
+        source: a model of the store, a file, a checkpoint or adapter folder, any source, or a recipe (.yaml).
+        device: "this" (measured now; the default), a known board's name (`alight probe --list`), or a Device.
+        name: the artifact's name in the store; by default the source's name and the device's, or the recipe's.
+        limits: the rest of BuildRequest: types, context, streams, min_speed, max_memory, max_kl, text, tokens,
+            calibration, seed, folder. A recipe says these itself, but for `folder`.
 
     Raises:
         DoesNotFit, BadInput: no form keeps the limits; says which one binds and by how much.
     """
+    if is_recipe(source):
+        runner, options = prepare_recipe(device=device, name=name, format=format, **limits)
+        return runner.build(Path(source), progress=progress, **options)
     builder, request = prepare_build(
-        source, device=device, name=name, format=format, progress=progress, **limits
+        source, device=device or "this", name=name, format=format, progress=progress, **limits
     )
     return builder.build(request, progress)
 
 
+def is_recipe(source: str | Path) -> bool:
+    """Whether a source of `build` is a recipe file."""
+    return Path(source).suffix.lower() in (".yaml", ".yml")
+
+
+def prepare_recipe(
+    *, device: str | Device | None, name: str | None, format: str = "gguf", **options: Any
+) -> tuple[RecipeRunner, dict[str, Any]]:
+    """What runs recipes, and the options of its `plan` (and `folder`, of its `build`).
+
+    Raises:
+        BadInput: an option that a recipe says itself.
+    """
+    extra = sorted(set(options) - {"folder"})
+    if extra or format != "gguf":
+        raise BadInput(
+            f"{', '.join(extra) or 'format'} is given beside a recipe", hint="Write it into the recipe."
+        )
+    runner: RecipeRunner = plugins.recipes()
+    if name:
+        normal_name(name)
+    found = devices.resolve(device) if isinstance(device, str) else device
+    return runner, {**options, "device": found, "name": name}
+
+
 def prepare_build(
-    source: str,
+    source: str | Path,
     *,
     device: str | Device,
     name: str | None,
@@ -152,11 +185,11 @@ def prepare_build(
     **limits: Any,
 ) -> tuple[Builder, BuildRequest]:
     """The builder and its request, ready for `plan` or `build`."""
-    from alight.builder import BuildRequest
+    from alight.builder import BuildRequest, loose_folder
 
     builder: Builder = plugins.builder(format)
     chosen = devices.resolve(device) if isinstance(device, str) else device
-    artifact = resolve(source, progress=progress)
+    artifact = loose_folder(Path(source)) or resolve(str(source), progress=progress)
     full = name or f"{artifact.name.partition(':')[0]}:{chosen.id}"
     normal_name(full)  # a bad name is told before an hour of work
     known = {f.name for f in fields(BuildRequest)} - {"source", "device", "name"}
@@ -173,11 +206,12 @@ def discover(timeout: float = 2.0) -> list[Peer]:
     return browse(timeout)
 
 
-def connect(name: str, *, timeout: float = 2.0) -> RemoteServer:
-    """A server on this network by its name, or by address ("http://host:port")."""
+def connect(name: str, *, timeout: float = 2.0, api_key: str | None = None) -> RemoteServer:
+    """A server on this network by its name, or by address ("http://host:port"), with the key that it asks
+    for; by default `$ALIGHT_API_KEY`."""
     from alight.lan.client import connect as open_connection
 
-    return open_connection(name, timeout=timeout)
+    return open_connection(name, timeout=timeout, api_key=api_key)
 
 
 def _options(options: dict[str, Any]) -> LoadOptions:

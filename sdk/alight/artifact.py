@@ -31,6 +31,7 @@ SOURCE = "alight.source"  # where it came from, with the revision that was found
 ASKED = "alight.asked"  # the source as the user wrote it
 
 REPORT = "report.json"  # the quality report's path inside an artifact
+REPORT_PAGE = "report.html"  # the same for people
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +140,14 @@ class Artifact:
 
     @property
     def weights(self) -> list[Path]:
-        """The weight files, in the order of their names."""
-        return [self.files[layer.path] for layer in sorted(self._weight_layers(), key=lambda x: x.path)]
+        """The weight files of the language model, in the order of their names."""
+        paths = sorted(layer.path for layer in self._weight_layers())
+        return [self.files[path] for path in [p for p in paths if not is_projector(p)] or paths]
+
+    @property
+    def projector(self) -> Path | None:
+        """The GGUF that lets the model see, if it brings one."""
+        return next((self.files[path] for path in sorted(self.files) if is_projector(path)), None)
 
     @property
     def report(self) -> dict[str, Any] | None:
@@ -174,9 +181,19 @@ def media_type(path: str) -> str:
     name = PurePosixPath(path).name.lower()
     if name.endswith((".gguf", ".safetensors", ".bin", ".onnx", ".onnx.data", ".so")):
         return WEIGHT
-    if name == REPORT or name.startswith(("readme", "license", "licence")) or name.endswith(".md"):
+    if (
+        name in (REPORT, REPORT_PAGE)
+        or name.startswith(("readme", "license", "licence"))
+        or name.endswith(".md")
+    ):
         return DOC
     return WEIGHT_CONFIG
+
+
+def is_projector(path: str) -> bool:
+    """Whether a file of a model is a vision projector, by its name: mmproj-model-f16.gguf."""
+    name = PurePosixPath(path).name.lower()
+    return "mmproj" in name and name.endswith(".gguf")
 
 
 def safe_path(path: str) -> str:

@@ -1,7 +1,7 @@
 """The contract between alight and whatever builds artifacts: request, candidates, result.
 
-A builder takes a model in the store and makes the form of it that fits a device. The converters register
-theirs under the entry point group `alight.builders`, by format.
+A builder takes a model and makes the form of it that fits a device. The converters register theirs under the
+entry point group `alight.builders`, by format. What runs recipe files is registered under `alight.recipes`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from alight.artifact import Artifact
+from alight.artifact import Artifact, Description, Layer, media_type
 from alight.devices import Device
-from alight.errors import Unsupported
+from alight.errors import BadInput, Unsupported
 from alight.evaluate import Quality, Speed
-from alight.planner import Prediction
+from alight.planner import Prediction, shape_of_checkpoint
+from alight.sources.fetched import short_name
 
 Progress = Callable[[str, int, int], None]  # what, steps done, steps in all
 
@@ -28,11 +29,13 @@ class BuildRequest:
     """What to build, for which device, within which limits.
 
     Args:
-        types: quantization types to try; None lets the planner choose.
-        context: tokens the device must hold.
-        min_speed: decode, tokens/s. max_memory: bytes. max_kl: nats, mean.
+        types: the forms to build, such as "Q8_0" or "Q4_K_M+imatrix"; None searches.
+        context: tokens that each of the streams must hold. streams: sequences decoded together.
+        min_speed: decode of each stream, tokens/s. max_memory: bytes. max_kl: nats, mean.
         text: what to measure quality on; None samples it from the source model.
         tokens: how many tokens to measure on.
+        calibration: text that importance matrices are made from; None samples it from the source model.
+        folder: where to write the artifact as a plain folder, too.
     """
 
     source: Artifact
@@ -40,17 +43,26 @@ class BuildRequest:
     name: str
     types: tuple[str, ...] | None = None
     context: int = 4096
+    streams: int = 1
     min_speed: float = 0.0
     max_memory: int | None = None
     max_kl: float = MAX_KL
     text: str | None = None
     tokens: int = 2048
+    calibration: str | None = None
     seed: int = 0
+    folder: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One form of the model: predicted for the device, and measured on the machine that built it."""
+    """One form of the model: predicted for the device, and measured on the machine that built it.
+
+    Attributes:
+        memory_bytes: what the process took while the model was loaded; 0: not measured, since the device is another.
+        stream_speed: decode of each of the request's streams, tokens/s.
+        is_source: the source as it is.
+    """
 
     quantization: str
     size: int
@@ -59,6 +71,8 @@ class Candidate:
     speed: Speed
     load_seconds: float
     is_source: bool = False
+    memory_bytes: int = 0
+    stream_speed: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -66,12 +80,74 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class BuildResult:
-    """What was built: the artifact in the store, all candidates, and why this one."""
+    """What was built: the chosen artifact in the store, all candidates, and why this one.
+
+    Attributes:
+        front: the candidates that no other beats in size, KL and speed at once.
+        artifacts: all that were kept; a recipe keeps each of its exports.
+    """
 
     artifact: Artifact
     candidates: tuple[Candidate, ...]
     chosen: Candidate
     reason: str
+    front: tuple[Candidate, ...] = ()
+    artifacts: tuple[Artifact, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedStage:
+    """One step of a recipe, before it runs.
+
+    Attributes:
+        seconds: expected; what it took where it is `cached`; None: nothing is known to tell it from.
+        memory: bytes of the process that does it, expected; 0: small.
+    """
+
+    name: str
+    cached: bool
+    seconds: float | None
+    memory: int
+
+
+@dataclass(frozen=True, slots=True)
+class RecipePlan:
+    """What a recipe would do: its stages in order, and what its exports would be on the device."""
+
+    name: str
+    device: Device
+    stages: tuple[PlannedStage, ...]
+    exports: tuple[Prediction, ...]
+
+
+class RecipeRunner(ABC):
+    """Runs recipe files.
+
+    Args of both methods:
+        file: the recipe.
+        device: what its artifacts are for; None takes the recipe's own.
+        name: in the store; None takes the recipe's own.
+    """
+
+    @abstractmethod
+    def plan(self, file: Path, *, device: Device | None = None, name: str | None = None) -> RecipePlan:
+        """What `build` would do. Raises BadInput, with the line, for a recipe that is wrong."""
+
+    @abstractmethod
+    def build(
+        self,
+        file: Path,
+        *,
+        device: Device | None = None,
+        name: str | None = None,
+        folder: Path | None = None,
+        progress: Progress | None = None,
+    ) -> BuildResult:
+        """Run it. Stages that ran before with the same input and settings are not repeated.
+
+        Raises:
+            AlightError: what is wrong, the value, and what to do next; finished stages are kept.
+        """
 
 
 class Builder(ABC):
@@ -96,3 +172,44 @@ class Builder(ABC):
             Unsupported: this builder cannot. BadInput: unknown type. DiskFull: no room.
         """
         raise Unsupported(f"{type(self).__name__} does not convert files", hint="Use `alight build`.")
+
+
+def loose_folder(path: Path) -> Artifact | None:
+    """A checkpoint or LoRA adapter folder as it lies, without copying it into the store; None for anything else.
+
+    Its format is "safetensors", or "lora" for an adapter.
+    """
+    path = path.expanduser()
+    adapter = (path / "adapter_config.json").is_file()
+    if not adapter and not (path / "config.json").is_file():
+        return None
+    files = {f.name: f for f in sorted(path.iterdir()) if f.is_file() and not f.name.startswith(".")}
+    name = short_name(path.resolve().name)
+    layers = tuple(Layer(inside, media_type(inside), "", f.stat().st_size) for inside, f in files.items())
+    if adapter:
+        return Artifact(name, "", Description("lora", title=name), layers, files)
+    shape = shape_of_checkpoint(files)
+    about = Description("safetensors", shape.architecture, shape.parameters, title=name)
+    return Artifact(name, "", about, layers, files)
+
+
+def parse_bytes(text: str) -> int:
+    """ "900MB", "1.5GB", "2GiB" or a plain number of bytes."""
+    units = {
+        "": 1,
+        "b": 1,
+        "kb": 10**3,
+        "mb": 10**6,
+        "gb": 10**9,
+        "kib": 1 << 10,
+        "mib": 1 << 20,
+        "gib": 1 << 30,
+    }
+    number = text.rstrip("bBkKmMgGiI ")
+    unit = text[len(number) :].strip().lower()
+    try:
+        return int(float(number) * units[unit if unit in ("", "b") or unit.endswith("b") else unit + "b"])
+    except (ValueError, KeyError, OverflowError):
+        raise BadInput(
+            f"{text!r} is not a size", hint="Write it as 900MB, 1.5GB or a number of bytes."
+        ) from None

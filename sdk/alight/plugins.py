@@ -1,4 +1,4 @@
-"""Find targets and builders by entry point: ours and other people's register the same way.
+"""Find targets, builders, passes and exporters by entry point: ours and other people's register the same way.
 
 [project.entry-points."alight.targets"]
 my-board = "my_package:MyTarget"
@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 
 TARGETS = "alight.targets"
 BUILDERS = "alight.builders"
+RECIPES = "alight.recipes"
+PASSES = "alight.passes"
+EXPORTERS = "alight.exporters"
 
 
 def targets() -> dict[str, Target]:
@@ -58,6 +61,31 @@ def choose_target(artifact: Artifact) -> Target:
 def builder(name: str) -> Any:
     """The builder of an artifact format, from the converters."""
     return _load_one(BUILDERS, name, "format")()
+
+
+def recipes() -> Any:
+    """What runs recipe files, from the converters."""
+    return _load_one(RECIPES, "yaml", "recipe runner")()
+
+
+def find(group: str, name: str, what: str) -> Any:
+    """What is registered under `name` in a group: the class of a pass or of an exporter.
+
+    Raises:
+        BadInput: nothing is; says what is, calling it a `what`. TargetUnavailable: it does not import.
+    """
+    return _load_one(group, name, what)
+
+
+def names(group: str) -> list[str]:
+    """What is registered in a group."""
+    return sorted(_entries(group))
+
+
+def version(group: str, name: str) -> str:
+    """The version of the distribution that registers `name`; empty where nothing does."""
+    entry = _entries(group).get(name)
+    return f"{entry.dist.name} {entry.dist.version}" if entry and entry.dist else ""
 
 
 def _entries(group: str) -> dict[str, EntryPoint]:

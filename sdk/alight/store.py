@@ -33,6 +33,7 @@ from alight.artifact import (
     Layer,
     canonical,
     digest_of,
+    is_projector,
     manifest_json,
     media_type,
     parse_layers,
@@ -339,7 +340,8 @@ class Store:
         annotations: Mapping[str, str],
     ) -> None:
         """Write config and manifest of a model whose layers are in place, and name it."""
-        weights = [x.digest for x in layers if x.path.endswith((".gguf", ".safetensors"))]
+        kinds = (".gguf", ".safetensors")
+        weights = [x.digest for x in layers if x.path.endswith(kinds) and not is_projector(x.path)]
         lineage = lineage or (weights[0] if len(weights) == 1 else digest_of("\n".join(weights).encode()))
         config = self._blobs.put(canonical(description.to_json(x.digest for x in layers)))
         manifest = manifest_json(config, layers, {**annotations, LINEAGE: lineage})

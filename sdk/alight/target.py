@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     FloatArray: TypeAlias = NDArray[np.float32]
 
 FinishReason: TypeAlias = Literal["stop", "length"]
+# A text; or token ids, among them images as the bytes of their files.
+Prompt: TypeAlias = "str | Sequence[int | bytes]"
 KV_TYPES = ("f16", "q8_0", "q4_0")
 
 
@@ -122,7 +124,8 @@ class LoadOptions:
         lookup: speculative decoding by prompt lookup: draft this many tokens at most from the text so far; 0 is off.
         draft: a GGUF of a smaller model with the same vocabulary, for speculative decoding.
         adapters: LoRA adapters (GGUF) by the name that requests choose them by.
-        projector: a GGUF of the vision projector, for models that see.
+        projector: a GGUF of the vision projector, for models that see; by default the one that the artifact
+            brings along, if it does.
         prompt_cache: a folder where the KV state of long prompts is kept across restarts; None keeps none.
     """
 
@@ -130,7 +133,7 @@ class LoadOptions:
     slots: int = 16
     threads: int | None = None
     kv_type: str = "f16"
-    flash_attention: bool = True
+    flash_attention: bool | None = None
     mmap: bool = True  # map the weights from the file: faster to load, and the system can drop pages
     shift: bool = False
     lookup: int = 0
@@ -227,12 +230,14 @@ class Scores:
     """Teacher-forced log-probabilities (natural log) of a token sequence of length n.
 
     `logprobs[i]` is log p(tokens[i+1] | tokens[:i+1]), shape (n-1,). `distribution[i]` is the whole
-    log-softmax at that place, shape (n-1, vocabulary), where it was asked for.
+    log-softmax at that place, shape (n-1, vocabulary), where it was asked for; `top[i]` are the likeliest
+    tokens there as (token, logprob), best first.
     """
 
     tokens: tuple[int, ...]
     logprobs: FloatArray
     distribution: FloatArray | None = None
+    top: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +252,7 @@ class ModelInfo:
     target: str
     trained_context: int = 0
     details: Mapping[str, Any] = field(default_factory=dict)  # what the target wants to tell, for people
+    vision: bool = False  # prompts may hold images
 
 
 class Model(ABC):
@@ -260,20 +266,25 @@ class Model(ABC):
     template: ChatTemplate
 
     @abstractmethod
-    def generate(self, prompt: str | Sequence[int], sampling: Sampling | None = None) -> Generator[Chunk]:
+    def generate(self, prompt: Prompt, sampling: Sampling | None = None) -> Generator[Chunk]:
         """Continue a prompt, as a stream.
 
         A text prompt gets the model's own beginning-of-sequence token; a sequence of token ids is taken
-        as it is. Closing the iterator cancels. Concatenated `text` is always whole characters.
+        as it is. For a model that sees, images may stand among them: the bytes of PNG, JPEG, GIF or BMP
+        files. Closing the iterator cancels. Concatenated `text` is always whole characters.
 
         Raises:
             ContextExceeded: the prompt does not fit.
-            BadInput: the prompt is empty or holds ids outside the vocabulary.
+            BadInput: the prompt is empty, or holds ids outside the vocabulary or an image that is damaged.
+            Unsupported: it holds an image, and the model cannot see.
         """
 
     @abstractmethod
-    def score(self, tokens: Sequence[int], *, distribution: bool = False) -> Scores:
+    def score(self, tokens: Sequence[int], *, distribution: bool = False, top: int = 0) -> Scores:
         """Log-probabilities of the given tokens, each from those before it (see Scores).
+
+        Args:
+            distribution: all of the vocabulary's, too. top: the likeliest tokens at each place, so many.
 
         Raises:
             BadInput: fewer than two tokens. ContextExceeded: more than the context holds.
@@ -313,7 +324,12 @@ class Model(ABC):
         """Counters and gauges of this model, by Prometheus-style names; empty where the target keeps none."""
         return {}
 
-    def complete(self, prompt: str | Sequence[int], **options: Any) -> Completion:
+    def progress(self) -> int | None:
+        """A count that grows while the engine works on anything, so that others notice when it hangs. It must
+        not wait for the engine. None where the target keeps none."""
+        return None
+
+    def complete(self, prompt: Prompt, **options: Any) -> Completion:
         """Continue a prompt and return the whole answer. Options are those of Sampling."""
         return Completion.of(self.generate(prompt, Sampling.of(**options)))
 
@@ -331,21 +347,25 @@ class Model(ABC):
         """Answer a conversation, given as OpenAI-style messages (`{"role": …, "content": …}`).
 
         The model's own chat template turns it into a prompt. Text in the messages never becomes a control
-        token. Options are those of Sampling.
+        token. A model that sees takes images as parts of a message's content: `[{"type": "image",
+        "data": …}, {"type": "text", "text": "What is this?"}]`, with the bytes of a PNG, JPEG, GIF or BMP
+        file. Options are those of Sampling.
         """
         chunks = self.generate(self.chat_tokens(messages), Sampling.of(**options))
         return chunks if stream else Completion.of(chunks)
 
-    def chat_tokens(self, messages: Sequence[Message]) -> list[int]:
-        """The token ids that `chat` feeds the model."""
+    def chat_tokens(self, messages: Sequence[Message]) -> list[int | bytes]:
+        """The token ids (and images) that `chat` feeds the model."""
         return self.prompt_tokens(self.template.render(messages))
 
-    def prompt_tokens(self, pieces: Sequence[str]) -> list[int]:
-        """The token ids of a rendered prompt (see `ChatTemplate.render`)."""
+    def prompt_tokens(self, pieces: Sequence[str | bytes]) -> list[int | bytes]:
+        """The token ids (and images) of a rendered prompt (see `ChatTemplate.render`)."""
         bos = self.template.bos
-        tokens = self.tokenize(pieces[0], bos=not (bos and pieces[0].startswith(bos)), special=True)
-        for piece in pieces[1:]:
-            tokens += self.tokenize(piece, special=True)
+        first, rest = (pieces[0], pieces[1:]) if isinstance(pieces[0], str) else ("", pieces)
+        tokens: list[int | bytes] = []
+        tokens += self.tokenize(first, bos=not (bos and first.startswith(bos)), special=True)
+        for piece in rest:
+            tokens += [piece] if isinstance(piece, bytes) else self.tokenize(piece, special=True)
         return tokens
 
     def __enter__(self) -> Model:
@@ -355,6 +375,18 @@ class Model(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def without_images(prompt: Sequence[int | bytes], name: str) -> list[int]:
+    """The tokens of a prompt for a model that cannot see.
+
+    Raises:
+        Unsupported: there is an image among them.
+    """
+    tokens = [item for item in prompt if not isinstance(item, bytes)]
+    if len(tokens) < len(prompt):
+        raise Unsupported(f"{name!r} cannot see images", hint="Send text only, or take another model.")
+    return tokens
 
 
 @dataclass(frozen=True, slots=True)

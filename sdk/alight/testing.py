@@ -22,10 +22,12 @@ from alight.target import (
     LoadOptions,
     Model,
     ModelInfo,
+    Prompt,
     Sampling,
     Scores,
     Target,
     Usage,
+    without_images,
 )
 from alight.text import TextStream
 
@@ -58,14 +60,19 @@ class EchoModel(Model):
         self.template = ChatTemplate(_ECHO_TEMPLATE)
         self._closed = threading.Event()
 
-    def generate(self, prompt: str | Sequence[int], sampling: Sampling | None = None) -> Generator[Chunk]:
+    def generate(self, prompt: Prompt, sampling: Sampling | None = None) -> Generator[Chunk]:
         sampling = sampling or Sampling()
-        tokens = self.tokenize(prompt) if isinstance(prompt, str) else self._checked(prompt)
+        tokens = self._placed(prompt)
         if not tokens:
             raise BadInput("the prompt is empty", hint="Give at least one token of text.")
         if len(tokens) >= self.info.context:
             raise ContextExceeded(len(tokens) + 1, self.info.context)
         return self._run(tokens, sampling, TextStream(sampling.stop))
+
+    def _placed(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenize(prompt)
+        return self._checked(without_images(prompt, self.info.name))
 
     def _run(self, tokens: list[int], sampling: Sampling, stream: TextStream) -> Generator[Chunk]:
         limit = len(tokens) + 1 if sampling.max_tokens is None else sampling.max_tokens
@@ -84,7 +91,7 @@ class EchoModel(Model):
         finish: FinishReason = "stop" if reason == "stop" else "length"
         yield Chunk(stream.finish(), (), finish, Usage(len(tokens), made, 1e-6, 1e-6 * made))
 
-    def score(self, tokens: Sequence[int], *, distribution: bool = False) -> Scores:
+    def score(self, tokens: Sequence[int], *, distribution: bool = False, top: int = 0) -> Scores:
         """Every token is as likely as any other."""
         import numpy as np
 
@@ -94,7 +101,13 @@ class EchoModel(Model):
         if len(ids) > self.info.context:
             raise ContextExceeded(len(ids), self.info.context)
         flat: FloatArray = np.full((len(ids) - 1, 257), -np.log(257), np.float32)
-        return Scores(tuple(ids), flat[:, 0], flat if distribution else None)
+        likeliest = tuple((token, float(flat[0, 0])) for token in range(min(top, 257)))
+        return Scores(
+            tuple(ids),
+            flat[:, 0],
+            flat if distribution else None,
+            (likeliest,) * (len(ids) - 1) if top else (),
+        )
 
     def tokenize(self, text: str, *, bos: bool = False, special: bool = False) -> list[int]:
         self._opened()
@@ -234,6 +247,14 @@ def _check_score(model: Model) -> None:
         _promise(
             bool(np.allclose(picked, scores.logprobs, atol=1e-5)), "logprobs are entries of the distribution"
         )
+    best = model.score(ids, top=3).top
+    _promise(
+        len(best) == len(ids) - 1 and all(len(one) == 3 for one in best), "top gives so many at each place"
+    )
+    if rows is not None:
+        found = np.array([[logprob for _, logprob in one] for one in best])
+        expected = np.sort(rows, axis=1)[:, :-4:-1]
+        _promise(bool(np.allclose(found, expected, atol=1e-4)), "top are the likeliest, best first")
     _promise(_raises(BadInput, lambda: model.score(ids[:1])), "score refuses a single token")
 
 

@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 import tiny_checkpoints
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from alight import api
 from alight_converters.calibration import Calibration
 from alight_converters.checkpoint import Checkpoint
+from alight_converters.sources import open_source
 
 
 @pytest.fixture
@@ -29,14 +28,6 @@ def random_rows() -> Calibration:
 
 
 @pytest.fixture(scope="session")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+def smollm2(smollm2_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """The real SmolLM2-135M-Instruct in float32, from the GGUF that its package carries."""
-    file = api.resolve("builtin:smollm2").weights[0]
-    folder = tmp_path_factory.mktemp("smollm2") / "checkpoint"
-    where = {"gguf_file": file.name}
-    model = AutoModelForCausalLM.from_pretrained(
-        file.parent, **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-    )
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(file.parent, **where).save_pretrained(folder)
-    return Checkpoint.open(folder)
+    return open_source(smollm2_file, tmp_path_factory.mktemp("smollm2"))

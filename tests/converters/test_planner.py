@@ -77,6 +77,13 @@ def test_plan_for_known_boards(shape: planner.Shape) -> None:
     assert planner.plan(shape, old)[0].decode < forms[0].decode
 
 
+def test_what_was_asked_for_is_never_left_out(shape: planner.Shape) -> None:
+    pi = devices.profile("raspberry-pi-5-8gb")
+    asked = ("Q4_0", "Q8_0", "Q4_0+imatrix")
+    assert [p.quantization for p in planner.plan(shape, pi, types=asked, distinct=False)] == list(asked)
+    assert [p.quantization for p in planner.plan(shape, pi, types=asked)] == ["Q4_0", "Q4_0+imatrix"]
+
+
 def test_limits_say_which_one_binds(shape: planner.Shape) -> None:
     pi = devices.profile("raspberry-pi-5-8gb")
     with pytest.raises(DoesNotFit, match=r"even at Q4_0, on Raspberry Pi 5.* needs about \d+ MB but 100 MB"):
@@ -87,6 +94,36 @@ def test_limits_say_which_one_binds(shape: planner.Shape) -> None:
         shape, pi, max_memory=planner.memory(planner.quantized(shape, "Q5_K_M"), context=4096).total
     )
     assert [f.quantization for f in some] == ["Q5_K_M", "Q4_K_M", "Q4_0"]
+
+
+def test_streams_take_memory_and_share_the_arithmetic(shape: planner.Shape) -> None:
+    pi = devices.profile("raspberry-pi-5-8gb")
+    form = planner.quantized(shape, "Q8_0")
+    one, eight = planner.predict(form, pi, context=512), planner.predict(form, pi, context=512, streams=8)
+    assert eight.memory.kv == 8 * one.memory.kv
+    assert eight.decode < one.decode < 8 * eight.decode, "together they are faster, each is slower"
+    with pytest.raises(DoesNotFit) as caught:
+        planner.plan(shape, pi, context=8192, streams=128)
+    assert "A context of" in caught.value.hint
+
+
+def test_predicted_loss_grows_as_types_shrink(shape: planner.Shape) -> None:
+    pi = devices.profile("raspberry-pi-5-8gb")
+    types = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_0+imatrix", "Q4_0")
+    found = [p.kl for p in planner.plan(shape, pi, types=types)]
+    assert found == sorted(found)
+    assert found[-1] == pytest.approx(0.27, rel=0.1), "as measured on this model"
+
+
+def test_forms() -> None:
+    assert planner.Form.parse("q4_k_m+imatrix").name == "Q4_K_M+imatrix"
+    for text, told in {
+        "q4_k_m+x": "unknown form",
+        "f16+imatrix": "no use",
+        "q9": "unknown quantization",
+    }.items():
+        with pytest.raises(BadInput, match=told):
+            planner.Form.parse(text)
 
 
 def test_unknown_types_suggest_near_ones(shape: planner.Shape) -> None:

@@ -118,7 +118,7 @@ class ClockModel(Model):
         if orders.get("hang") == str(number):
             ctypes.PyDLL(None).pause()  # native code that never gives the interpreter back
 
-    def score(self, tokens: Sequence[int], *, distribution: bool = False) -> Scores:
+    def score(self, tokens: Sequence[int], *, distribution: bool = False, top: int = 0) -> Scores:
         rows = np.arange((len(tokens) - 1) * 257, dtype=np.float32).reshape(-1, 257)
         return Scores(tuple(tokens), rows[:, 0], rows if distribution else None)
 
@@ -134,6 +134,9 @@ class ClockModel(Model):
     def metrics(self) -> dict[str, float]:
         figures = {"made_total": self._made, "cancelled_total": self._cancelled, "kv_cells_used": 5}
         return {**figures, "threads": threading.active_count()}
+
+    def progress(self) -> int | None:
+        return self._made if (self._folder / "counts").exists() else None
 
     def close(self) -> None:
         if (self._folder / "loads").exists():

@@ -16,6 +16,7 @@ from test_cli_support import COMMAND, LIMIT, alight, environment, fails, ok
 
 from alight import cli
 from alight.cli import VERBS
+from alight.preset import PRESET, Preset
 from alight.store import Store
 
 SIZE = len(tiny())
@@ -187,6 +188,22 @@ def test_run_a_prompt(pulled: str, file: Path) -> None:
     assert ok("run", file, "as it lies", "--target", "echo") == "as it lies\n"
     assert Store().names() == ["tiny:latest"]
     assert ok("run", pulled, "hello", "--target", "echo", "--max-tokens", "2") == "he\n"
+
+
+def test_run_honours_what_is_set_for_a_model(pulled: str) -> None:
+    store = Store()
+    base = store.get(pulled)
+    preset = Preset(
+        system="be brief",
+        template="{% for m in messages %}{{ m.role }}: {{ m.content }};{% endfor %}",
+        parameters={"num_predict": 60, "stop": [";assistant"]},
+        messages=[{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}],
+    )
+    store.compose("made", base.layers, base.description, small={PRESET: preset.to_bytes()})
+    said = ok("run", "made", "hello", "--target", "echo")
+    assert said == "system: be brief;user: 1+1?\n"  # up to its stop text
+    said = ok("run", "made", "hello", "--target", "echo", "--system", "sing", "--max-tokens", "12")
+    assert said == "system: sing\n"
 
 
 def test_run_reads_a_pipe(pulled: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from alight import api
 from alight.errors import BadInput, DeviceNotFound, MissingExtra, NetworkError, RemoteError
 from alight.lan.client import RemoteServer, connect
 from alight.lan.discovery import Advertisement, _Browser, advertise, browse, find
@@ -401,7 +402,10 @@ def test_the_api_key(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     for key in (None, "given", ""):
         with RemoteServer(server.url, api_key=key) as remote:
             remote.models()
-    assert [s["key"] for s in server.seen] == ["Bearer from-the-environment", "Bearer given", None]
+    with api.connect(server.url, api_key="by the front door") as remote:
+        remote.models()
+    keys = ["Bearer from-the-environment", "Bearer given", None, "Bearer by the front door"]
+    assert [s["key"] for s in server.seen] == keys
 
 
 def test_proxies_of_the_environment_are_not_used(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -168,3 +170,37 @@ def test_what_a_model_needs(smollm2_file: Path, store: Store) -> None:
     assert real.size < small < large
     assert memory.needed(real, LoadOptions(context=512, draft=str(smollm2_file))) == small + real.size
     assert memory.needed(store.get("tiny"), LoadOptions()) == store.get("tiny").size + planner.RUNTIME_BYTES
+
+
+def test_a_restart_after_a_crash_needs_room_again(store: Store, clock: Path) -> None:
+    with limited(store, TWO) as models:
+        with models.use("tiny") as model:
+            models.get("other")  # idle from now on
+            pid = models.loaded()[1].pid
+            assert pid
+            models._max_memory = ONE  # as if something else had taken the memory
+            os.kill(pid, signal.SIGKILL)
+            assert model.complete("ticks=1").text == "tick "
+            assert loaded(models) == ["tiny"]  # the idle one had to go
+
+            pid = models.loaded()[0].pid
+            assert pid
+            models._max_memory = ONE // 2
+            os.kill(pid, signal.SIGKILL)
+            with pytest.raises(DoesNotFit, match="'tiny' needs about 61 MB but 40 MB are free"):
+                model.complete("ticks=1")
+        assert loaded(models) == []
+        models._max_memory = TWO
+        assert models.get("tiny").complete("ticks=1").text == "tick "
+
+
+def test_a_restart_does_not_wait_for_a_load_that_waits_for_it(store: Store, clock: Path) -> None:
+    with limited(store, ONE) as models, ThreadPoolExecutor(1) as pool:
+        with models.use("tiny") as model:
+            other = pool.submit(models.get, "other")
+            wait_until(lambda: models._wanting_room is not None)
+            pid = next(m.pid for m in models.loaded() if m.name == "tiny")
+            assert pid
+            os.kill(pid, signal.SIGKILL)
+            assert model.complete("ticks=1").text == "tick "
+        assert other.result().info.name.startswith("other")

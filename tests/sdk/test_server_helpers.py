@@ -63,7 +63,7 @@ class TickModel(Model):
             self.cancelled += 1
             raise
 
-    def score(self, tokens: Sequence[int], *, distribution: bool = False) -> Scores:
+    def score(self, tokens: Sequence[int], *, distribution: bool = False, top: int = 0) -> Scores:
         raise NotImplementedError
 
     def tokenize(self, text: str, *, bos: bool = False, special: bool = False) -> list[int]:

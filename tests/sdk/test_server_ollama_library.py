@@ -186,7 +186,7 @@ def test_what_cannot_be_created(client: httpx.Client, store: Store) -> None:
         ({"files": {"/etc/a.gguf": DIGEST}}, "file path must be relative"),
         ({"files": {"a.gguf": digest_of(text)}}, "a.gguf is not in GGUF format"),
         ({"files": {"model.safetensors": digest_of(text)}}, "Convert the checkpoint to GGUF first"),
-        ({"files": {"a.gguf": DIGEST, "b.gguf": DIGEST}}, "several models"),
+        ({"files": {"a.gguf": DIGEST, "b.gguf": DIGEST}}, "not one model"),
         ({"from": "tiny", "quantize": "q4_k_m"}, "only supported for F16, BF16 and F32"),
         ({"from": "tiny", "quantize": "q9"}, "Q9"),
         ({"from": "tiny", "template": "{{ if }}"}, "template error"),

@@ -11,7 +11,7 @@ import pytest
 from scripted import ScriptedModel
 from test_server_openai import events
 
-from alight.server import Models, ollama_insert, openai_completions, running
+from alight.server import Models, ollama_insert, running
 from alight.target import Sampling
 from alight.testing import EchoModel
 
@@ -90,15 +90,6 @@ def test_logprobs(client: httpx.Client, stream: bool) -> None:
     assert [offset for one in told for offset in one["text_offset"]] == [0, 1, 2]
     assert told[0]["token_logprobs"][0] == -0.5
     assert told[0]["top_logprobs"][0] == {"a": -1.0}
-
-
-def test_too_much_to_score(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openai_completions, "MAX_SCORED", 1000)
-    assert complete(client, "abc", echo=True, logprobs=1, max_tokens=0).status_code == 200
-    response = complete(client, "abcd", echo=True, logprobs=1, max_tokens=0)
-    assert response.status_code == 400
-    assert "at most 3 tokens" in response.json()["error"]["message"]
-    assert complete(client, "abcd", echo=True, logprobs=0, max_tokens=0).status_code == 200
 
 
 def test_filling_in(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -306,7 +306,25 @@ SPLIT = ["Q6_K/m-Q6_K-00001-of-00002.gguf", "Q6_K/m-Q6_K-00002-of-00002.gguf"]
     ],
 )
 def test_choosing_a_gguf(wanted: str | None, expected: list[str]) -> None:
-    assert chosen(MANY + SPLIT, wanted) == expected
+    names = [name for name in MANY + SPLIT if name != "mmproj-F16.gguf" or name == wanted]
+    assert chosen(names, wanted) == expected
+
+
+@pytest.mark.parametrize(
+    ("projectors", "expected"),
+    [
+        (["mmproj-F16.gguf"], "mmproj-F16.gguf"),
+        (["mmproj-F32.gguf", "mmproj-Q8_0.gguf", "mmproj-F16.gguf"], "mmproj-F16.gguf"),
+        (["mmproj-F32.gguf", "mmproj-BF16.gguf"], "mmproj-BF16.gguf"),
+        (["m-mmproj.gguf"], "m-mmproj.gguf"),
+    ],
+)
+def test_the_projector_comes_along(projectors: list[str], expected: str) -> None:
+    names = [*MANY[:-1], *SPLIT, *projectors]
+    assert chosen(names) == ["m-Q4_K_M.gguf", expected]
+    assert chosen(names, "Q6_K") == [*SPLIT, expected]
+    assert chosen(names, "m-Q8_0.gguf") == ["m-Q8_0.gguf", expected]
+    assert chosen(names, projectors[0]) == [projectors[0]]
 
 
 @pytest.mark.parametrize("name", ["model-q4_0.gguf", "model.Q4_0.gguf", "model_q4_0.gguf", "Q4_0/model.gguf"])
@@ -315,7 +333,7 @@ def test_the_ways_to_write_a_quantization_in_a_name(name: str) -> None:
 
 
 def test_one_gguf_needs_no_choice() -> None:
-    assert chosen(["README.md", "config.json", "weird name.gguf", "mmproj.gguf"]) == ["weird name.gguf"]
+    assert chosen(["README.md", "config.json", "weird name.gguf", "imatrix.gguf"]) == ["weird name.gguf"]
     assert chosen([*SPLIT, "imatrix.gguf"]) == SPLIT
 
 

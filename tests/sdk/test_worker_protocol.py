@@ -136,6 +136,7 @@ SPECIAL: dict[str, Any] = {
     "kv_type": "q8_0",
     "draft": "/draft.gguf",
     "projector": "/eyes.gguf",
+    "flash_attention": False,
     "prompt_cache": "/cache",
 }
 
@@ -180,10 +181,11 @@ def test_results_cross() -> None:
         header, payload = protocol.result_to_json(result)
         back = protocol.result_from_json(as_json(header), bytearray(payload))
         assert np.array_equal(back, result) if isinstance(result, np.ndarray) else back == result
-    scores = Scores((1, 2), rows[0].astype(np.float32), rows.astype(np.float32))
+    top = (((3, -0.5), (1, -1.5)), ((2, -0.25),))
+    scores = Scores((1, 2), rows[0].astype(np.float32), rows.astype(np.float32), top)
     header, payload = protocol.result_to_json(scores)
     back = protocol.result_from_json(as_json(header), bytearray(payload))
-    assert back.tokens == (1, 2)
+    assert (back.tokens, back.top) == ((1, 2), top)
     assert np.array_equal(back.logprobs, scores.logprobs)
     assert np.array_equal(back.distribution, scores.distribution)
     back.logprobs[0] = 1  # an array like any other

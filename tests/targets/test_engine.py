@@ -91,7 +91,7 @@ def test_arrivals_at_once_read_a_common_beginning_once(load: Load) -> None:
     prompts = [[*system, i, i + 1] for i in range(6)]
     answers = together(model, prompts, greedy(6))
     metrics = model.metrics()
-    assert metrics["cached_tokens"] >= 5 * 200
+    assert metrics["cached_tokens_total"] >= 5 * 200
     assert_as_alone(load(context=512), prompts, answers)
 
 
@@ -99,7 +99,7 @@ def test_preempted_requests_are_resumed(load: Load) -> None:
     model = load(context=256, slots=8)
     prompts = [[i] * 60 for i in range(8)]
     answers = together(model, prompts, greedy(180))  # 8 x 240 tokens in 256 cells
-    assert model.metrics()["preemptions"] > 0
+    assert model.metrics()["preemptions_total"] > 0
     assert_as_alone(load(context=256), prompts, answers)
 
 
@@ -182,10 +182,11 @@ def test_speculation_changes_nothing_but_the_work(load: Load, tmp_path: Path, ho
         assert_as_alone(plain, [prompt], [Completion.of(quick.generate(prompt, greedy(40))).tokens])
     assert_as_alone(plain, prompts, together(quick, prompts, greedy(30)))
     metrics = quick.metrics()
-    assert metrics["drafted_tokens"] >= metrics["accepted_tokens"]
+    drafted, accepted = metrics["drafted_tokens_total"], metrics["accepted_tokens_total"]
+    assert drafted >= accepted
     if how == "same draft":
-        assert metrics["accepted_tokens"] > 0.9 * metrics["drafted_tokens"] > 0
-        assert metrics["steps"] < plain.metrics()["steps"]
+        assert accepted > 0.9 * drafted > 0
+        assert metrics["steps_total"] < plain.metrics()["steps_total"]
 
 
 def test_a_draft_with_another_vocabulary_is_refused(load: Load, smollm2_file: Path) -> None:
@@ -281,6 +282,17 @@ def test_cancelled_requests_make_room(load: Load) -> None:
     first.close()
     assert Completion.of(model.generate([2], greedy(3))).usage.completion_tokens == 3
     assert model.metrics()["running"] == 0
+
+
+def test_cells_in_use_are_counted(load: Load) -> None:
+    model = load(slots=2, context=256)
+    assert (model.metrics()["kv_cells_used"], model.metrics()["kv_cells"]) == (0, 256)
+    Completion.of(model.generate([7] * 50, greedy(10)))
+    assert model.metrics()["kv_cells_used"] in (58, 59)  # after the last or last but one step
+    stream = model.generate([8] * 30, greedy(100))
+    for _ in range(20):
+        next(stream)
+    assert 30 < model.metrics()["kv_cells_used"] <= 59 + 130
 
 
 # -- sampling on the real model ------------------------------------------------------------------------

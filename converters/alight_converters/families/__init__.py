@@ -7,22 +7,37 @@ docs/add-a-family.md shows how to add one.
 
 from __future__ import annotations
 
-from typing import Any
-
 from alight.errors import Unsupported
-from alight_converters.families.family import Family
+from alight_converters.families import gemma, granite, internlm2, llama, mistral, phi3, qwen2, qwen3
+from alight_converters.families.family import Config, Family
+from alight_converters.families.foreign import Foreign
 
-__all__ = ["Family", "family_of", "known"]
+__all__ = ["Family", "Foreign", "family_of", "family_of_gguf", "foreign", "known"]
+
+_FAMILIES = (
+    llama.FAMILY,
+    mistral.FAMILY,
+    qwen2.FAMILY,
+    qwen3.FAMILY,
+    gemma.GEMMA2,
+    gemma.GEMMA3,
+    phi3.FAMILY,
+    granite.FAMILY,
+)
+_FOREIGN = (internlm2.INTERNLM2, gemma.GEMMA3_WITH_VISION)
 
 
 def known() -> dict[str, Family]:
     """All families by `model_type`, as `config.json` spells it."""
-    from alight_converters.families import llama
-
-    return {kind: family for family in (llama.FAMILY,) for kind in family.model_types}
+    return {kind: family for family in _FAMILIES for kind in family.model_types}
 
 
-def family_of(config: dict[str, Any]) -> Family:
+def foreign(config: Config) -> Foreign | None:
+    """How to rewrite a checkpoint of this config as one of our families, if that is needed."""
+    return next((f for f in _FOREIGN if f.model_type == config.get("model_type")), None)
+
+
+def family_of(config: Config) -> Family:
     """The family of a config.
 
     Raises:
@@ -30,9 +45,30 @@ def family_of(config: dict[str, Any]) -> Family:
     """
     kind = str(config.get("model_type", ""))
     families = known()
-    if kind not in families:
+    if kind in families:
+        return families[kind]
+    if foreign(config):
         raise Unsupported(
-            f"model_type {kind!r} is not a family that alight knows",
-            hint=f"Known: {', '.join(sorted(families))}. docs/add-a-family.md says how to add one.",
+            f"a {kind} checkpoint has to be rewritten first",
+            hint="alight_converters.sources.open_source does it.",
         )
-    return families[kind]
+    raise _unknown("model_type", kind, families)
+
+
+def family_of_gguf(architecture: str) -> Family:
+    """The family that a GGUF of this architecture is read as. (Of those that share one, the first.)
+
+    Raises:
+        Unsupported: alight has no family for it.
+    """
+    families = {family.gguf: family for family in reversed(_FAMILIES)}
+    if architecture not in families:
+        raise _unknown("GGUF architecture", architecture, families)
+    return families[architecture]
+
+
+def _unknown(what: str, kind: str, families: dict[str, Family]) -> Unsupported:
+    return Unsupported(
+        f"{what} {kind!r} is not a family that alight knows",
+        hint=f"Known: {', '.join(sorted(families))}. docs/add-a-family.md says how to add one.",
+    )

@@ -2,4 +2,10 @@
 
 from alight_converters.families.family import Family
 
-FAMILY = Family(name="Llama", model_types=("llama",), gguf="llama")
+FAMILY = Family(
+    name="Llama",
+    model_types=("llama",),
+    gguf="llama",
+    rope_in_pairs=True,
+    rope_tables=("llama3", "longrope"),
+)

@@ -19,7 +19,13 @@ from alight.errors import AlightError
 VERBS = {
     "Use models": {"run": "run", "serve": "serve", "ps": "ps", "stop": "stop", "demo": "demo"},
     "Keep models": {"pull": "pull", "list": "list", "show": "show", "rm": "rm", "verify": "verify"},
-    "Fit models to devices": {"build": "build", "eval": "evaluate", "bench": "bench", "probe": "probe"},
+    "Fit models to devices": {
+        "build": "build",
+        "report": "report",
+        "eval": "evaluate",
+        "bench": "bench",
+        "probe": "probe",
+    },
     "Find devices": {"devices": "devices"},
 }
 

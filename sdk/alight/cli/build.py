@@ -11,18 +11,28 @@ from rich.table import Table
 from rich.text import Text
 
 from alight import api
-from alight.builder import MAX_KL, BuildRequest, BuildResult, Candidate
+from alight.builder import (
+    MAX_KL,
+    BuildRequest,
+    BuildResult,
+    Candidate,
+    PlannedStage,
+    RecipePlan,
+    parse_bytes,
+)
 from alight.cli.describe import artifact_json, one_line
 from alight.cli.output import AsJson, complete_model, console, err, human_bytes, print_json, progress, table
+from alight.devices import Device
 from alight.errors import BadInput
-from alight.planner import DEFAULT_CONTEXT, Prediction, quant_type
+from alight.planner import DEFAULT_CONTEXT, Form, Prediction
 
 
 def command(
+    context: typer.Context,
     source: Annotated[
         str,
         typer.Argument(
-            help="A model of the store, a .gguf file, or a source.",
+            help="A recipe (.yaml), a model of the store, a .gguf file, a checkpoint or adapter folder, or a source.",
             metavar="SOURCE",
             autocompletion=complete_model,
         ),
@@ -34,41 +44,65 @@ def command(
     name: Annotated[
         str | None, typer.Option("--output", "-o", help="Its name in the store.", metavar="NAME")
     ] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--dir", help="Also write it there as a plain folder.", metavar="DIR")
+    ] = None,
     quant: Annotated[
         list[str] | None,
-        typer.Option(help="Exactly this type, such as q4_k_m; repeat for several.", metavar="TYPE"),
+        typer.Option(
+            help="Exactly this form, such as q4_k_m or q4_k_m+imatrix; repeat for several.", metavar="TYPE"
+        ),
     ] = None,
-    min_speed: Annotated[float, typer.Option(help="Decode at least this fast, tokens/s.", metavar="T")] = 0.0,
+    min_speed: Annotated[
+        float, typer.Option(help="Decode at least this fast in each stream, tokens/s.", metavar="T")
+    ] = 0.0,
     max_memory: Annotated[
         str | None, typer.Option(help="Use at most this memory, such as 900MB.", metavar="BYTES")
     ] = None,
     max_kl: Annotated[
         float, typer.Option(help="Lose at most this much: mean KL, nats.", metavar="X")
     ] = MAX_KL,
-    context: Annotated[int, typer.Option(help="Tokens the device must hold.", min=8)] = DEFAULT_CONTEXT,
+    length: Annotated[
+        int, typer.Option("--context", help="Tokens that each stream must hold.", min=8, metavar="N")
+    ] = DEFAULT_CONTEXT,
+    streams: Annotated[int, typer.Option(help="Answers written at once.", min=1, max=128)] = 1,
     text: Annotated[
         Path | None, typer.Option(help="Measure on this text file; by default on text the model writes.")
     ] = None,
     tokens: Annotated[int, typer.Option(help="How many tokens to measure on.", min=32)] = 2048,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Make importance matrices from this text; by default from text the model writes."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the text that the model writes.", min=0)] = 0,
     format: Annotated[str, typer.Option(help="The artifact's format.")] = "gguf",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be tried.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
     json: AsJson = False,
 ) -> None:
-    """Make the form of a model that fits a device, measured against its source.
+    """Make the form of a model that fits a device, measured against its source; or run a recipe.
 
-    Without --quant, several quantization types are built, each is measured, and the fastest that loses
-    little enough is kept.
+    Without --quant it searches: forms are predicted, the promising ones built and measured, and the fastest
+    that loses little enough is kept.
 
     Example: alight build smollm2 --for raspberry-pi-5-4gb -o smollm2-pi
     """
+    if api.is_recipe(source):
+        _refuse_options(context)
+        asked = device if _is_given(context, "device") else None
+        _recipe(Path(source), asked, name, folder, dry_run=dry_run, json=json)
+        return
     limits = {
-        "types": tuple(quant_type(q) for q in quant) if quant else None,
-        "context": context,
+        "types": tuple(Form.parse(q).name for q in quant) if quant else None,
+        "context": length,
+        "streams": streams,
         "min_speed": min_speed,
         "max_memory": parse_bytes(max_memory) if max_memory else None,
         "max_kl": max_kl,
         "text": read_text(text) if text else None,
         "tokens": tokens,
+        "calibration": read_text(calibration) if calibration else None,
+        "seed": seed,
+        "folder": folder,
     }
     with progress() as report:
         builder, request = api.prepare_build(
@@ -76,7 +110,7 @@ def command(
         )
     if dry_run:
         plan = builder.plan(request)
-        print_json([asdict(p) for p in plan]) if json else _print_plan(plan, request)
+        print_json([asdict(p) for p in plan]) if json else _print_plan(plan, request.device)
         return
     if not json:
         err.print(Text(f"building {request.source.name} for {request.device.name}"), soft_wrap=True)
@@ -85,10 +119,46 @@ def command(
     print_json(result_json(result)) if json else print_result(result, request)
 
 
+def _recipe(
+    file: Path, device: str | None, name: str | None, folder: Path | None, *, dry_run: bool, json: bool
+) -> None:
+    runner, options = api.prepare_recipe(device=device, name=name)
+    if dry_run:
+        plan = runner.plan(file, **options)
+        print_json(asdict(plan)) if json else _print_recipe(plan)
+        return
+    with progress(steps=True) as report:
+        result = runner.build(file, folder=folder, progress=report, **options)
+    if json:
+        print_json(result_json(result))
+        return
+    built_for = (result.artifact.report or {})["device"]
+    _print_candidates(result, built_for["name"], measured=built_for["id"] == "this")
+    for artifact in result.artifacts:
+        console.print(Text(one_line(artifact)), soft_wrap=True)
+
+
+_BESIDE_A_RECIPE = {"source", "device", "name", "folder", "dry_run", "json"}
+
+
+def _refuse_options(context: typer.Context) -> None:
+    given = [o for o in context.params if o not in _BESIDE_A_RECIPE and _is_given(context, o)]
+    if given:
+        options = ", ".join(f"--{'context' if o == 'length' else o.replace('_', '-')}" for o in given)
+        raise BadInput(f"{options} is given beside a recipe", hint="Write it into the recipe.")
+
+
+def _is_given(context: typer.Context, option: str) -> bool:
+    source = context.get_parameter_source(option)
+    return source is not None and source.name != "DEFAULT"
+
+
 def result_json(result: BuildResult) -> dict[str, Any]:
     return {
         "artifact": artifact_json(result.artifact),
+        "artifacts": [artifact_json(a) for a in result.artifacts],
         "candidates": [c.to_json() for c in result.candidates],
+        "front": [c.quantization for c in result.front],
         "chosen": result.chosen.quantization,
         "reason": result.reason,
     }
@@ -96,16 +166,24 @@ def result_json(result: BuildResult) -> dict[str, Any]:
 
 def print_result(result: BuildResult, request: BuildRequest) -> None:
     """The candidates as a table, the choice and its reason."""
-    here = request.device.id == "this"
-    speed = "TOK/S" if here else "TOK/S~"
-    rows = table("TYPE", "SIZE", "KL", "TOP-1", "PPL", speed, right=("SIZE", "KL", "TOP-1", "PPL", speed))
-    for c in result.candidates:
-        rows.add_row(*_row(c, here), style="bold green" if c is result.chosen else None)
-    console.print(rows)
-    if not here:
-        console.print(Text(f"~ predicted for {request.device.name}; quality is measured here."), style="dim")
+    _print_candidates(result, request.device.name, measured=request.device.id == "this")
     console.print(Text(f"chosen: {result.chosen.quantization}, {result.reason}"))
     console.print(Text(one_line(result.artifact)), soft_wrap=True)
+
+
+def _print_candidates(result: BuildResult, device: str, *, measured: bool) -> None:
+    """The candidates; those of the Pareto front have a star, and the chosen one is green."""
+    speed = "TOK/S" if measured else "TOK/S~"
+    rows = table("TYPE", "SIZE", "KL", "TOP-1", "PPL", speed, right=("SIZE", "KL", "TOP-1", "PPL", speed))
+    for c in result.candidates:
+        cells = _row(c, measured)
+        cells[0] += " *" if c in result.front else ""
+        rows.add_row(*cells, style="bold green" if c is result.chosen else None)
+    console.print(rows)
+    if result.front:
+        console.print(Text("* no other is smaller, closer and faster at once"), style="dim")
+    if not measured:
+        console.print(Text(f"~ predicted for {device}; quality is measured here."), style="dim")
 
 
 def _row(c: Candidate, here: bool) -> list[str]:
@@ -120,45 +198,37 @@ def _row(c: Candidate, here: bool) -> list[str]:
     ]
 
 
-def _print_plan(plan: list[Prediction], request: BuildRequest) -> None:
+def _print_recipe(plan: RecipePlan) -> None:
+    rows = table("STAGE", "TIME", "MEMORY", right=("TIME", "MEMORY"))
+    for stage in plan.stages:
+        rows.add_row(stage.name, _time(stage), human_bytes(stage.memory) if stage.memory else "")
+    console.print(rows)
+    _print_plan(list(plan.exports), plan.device)
+
+
+def _time(stage: PlannedStage) -> str:
+    if stage.cached:
+        return "done before"
+    if stage.seconds is None:
+        return "not known"
+    minutes = stage.seconds / 60
+    return f"about {stage.seconds:.0f} s" if minutes < 2 else f"about {minutes:.0f} min"
+
+
+def _print_plan(plan: list[Prediction], device: Device) -> None:
     rows: Table = table(
         "TYPE", "WEIGHTS", "MEMORY", "TOK/S", "BOUND BY", right=("WEIGHTS", "MEMORY", "TOK/S")
     )
     for p in plan:
-        rows.add_row(
-            p.quantization,
-            human_bytes(p.memory.weights),
-            human_bytes(p.memory.total),
-            f"{p.decode:.1f}",
-            p.limit,
-        )
+        weights, memory = human_bytes(p.memory.weights), human_bytes(p.memory.total)
+        rows.add_row(p.quantization, weights, memory, f"{p.decode:.1f}", p.limit)
     console.print(rows)
-    memory = human_bytes(request.device.available_bytes)
-    console.print(
-        Text(f"Predicted for {request.device.name}, {memory} for models; context {request.context}.")
-    )
-
-
-def parse_bytes(text: str) -> int:
-    """ "900MB", "1.5GB", "2GiB" or a plain number of bytes."""
-    units = {
-        "": 1,
-        "b": 1,
-        "kb": 10**3,
-        "mb": 10**6,
-        "gb": 10**9,
-        "kib": 1 << 10,
-        "mib": 1 << 20,
-        "gib": 1 << 30,
-    }
-    number = text.rstrip("bBkKmMgGiI ")
-    unit = text[len(number) :].strip().lower()
-    try:
-        return int(float(number) * units[unit if unit in ("", "b") or unit.endswith("b") else unit + "b"])
-    except (ValueError, KeyError):
-        raise BadInput(
-            f"{text!r} is not a size", hint="Write it as 900MB, 1.5GB or a number of bytes."
-        ) from None
+    if plan:
+        memory = human_bytes(device.available_bytes)
+        each = (
+            f"{plan[0].streams} streams of {plan[0].context}" if plan[0].streams > 1 else f"{plan[0].context}"
+        )
+        console.print(Text(f"Predicted for {device.name}, {memory} for models; context {each}."))
 
 
 def read_text(path: Path) -> str:

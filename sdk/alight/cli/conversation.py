@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from types import FrameType
 from typing import Any
 
@@ -20,6 +20,7 @@ from alight import paths
 from alight.cli.answer import print_answer, usage_line
 from alight.cli.output import console, print_facts, say_error
 from alight.errors import AlightError, BadInput, nearest
+from alight.preset import Preset
 from alight.target import Chunk, Model, Sampling
 
 FENCE = '"""'
@@ -37,9 +38,9 @@ HELP = {
 class Conversation:
     """What was said so far, and the loop that reads, answers and obeys commands."""
 
-    def __init__(self, model: Model, *, system: str | None, sampling: dict[str, Any], stats: bool) -> None:
+    def __init__(self, model: Model, *, preset: Preset, sampling: dict[str, Any], stats: bool) -> None:
         self.model = model
-        self.system = system
+        self.preset = preset
         self.sampling = sampling
         self.stats = stats
         self.messages: list[dict[str, str]] = []
@@ -82,11 +83,10 @@ class Conversation:
                 say_error(error)
 
     def _answer(self, text: str) -> None:
-        start = [{"role": "system", "content": self.system}] if self.system else []
         asked = [*self.messages, {"role": "user", "content": text}]
         with (
             _ctrl_c() as stopped,
-            closing(self.model.chat([*start, *asked], stream=True, **self.sampling)) as chunks,
+            closing(self.model.chat(self.preset.apply_to(asked), stream=True, **self.sampling)) as chunks,
         ):
             answer = print_answer(_until(stopped, chunks))
         if stopped.is_set():
@@ -117,7 +117,7 @@ class Conversation:
         console.print("forgotten", style="dim")
 
     def _system(self, text: str) -> None:
-        self.system = text or None
+        self.preset = replace(self.preset, system=text)
         console.print("set" if text else "no instructions now", style="dim")
 
     def _set(self, text: str) -> None:
@@ -139,7 +139,7 @@ class Conversation:
                 "target": info.target,
                 "context": f"{info.context} tokens",
                 "messages": str(len(self.messages)),
-                "system": self.system or "",
+                "system": self.preset.system,
                 **{name: str(self.sampling.get(name, default)) for name, default in _DEFAULTS.items()},
             }
         )

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import sys
 from contextlib import closing
+from dataclasses import fields, replace
 from typing import Annotated, Any
 
 import typer
 from rich.text import Text
 
 from alight import api
+from alight.artifact import Artifact
 from alight.cli.answer import print_answer, usage_line
 from alight.cli.output import complete_model, err, progress
 from alight.errors import BadInput
-from alight.target import Model
+from alight.preset import Preset, adapters_of
+from alight.target import LoadOptions, Model, Sampling
 
 
 def command(
@@ -49,28 +52,53 @@ def command(
         raise BadInput("the prompt is empty", hint='Ask something: alight run NAME "Why is the sky blue?"')
 
     given = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
-    sampling = {key: value for key, value in given.items() if value is not None}
-    with _load(name, target, context) as model:
+    with progress() as report:
+        artifact = api.resolve(name, progress=report)
+    preset = Preset.of(artifact)
+    if system is not None:
+        preset = replace(preset, system=system)
+    sampling, options = _settings(preset, artifact)
+    sampling |= {key: value for key, value in given.items() if value is not None}
+    with err.status(Text(f"loading {artifact.name}")):
+        options = replace(options, context=context) if context else options
+        loaded = api.load_artifact(artifact, options, target=target)
+    with loaded:
+        model = _with_template(loaded, preset)
         if prompt is None:
             from alight.cli.conversation import Conversation
 
-            Conversation(model, system=system, sampling=sampling, stats=stats).run()
+            Conversation(model, preset=preset, sampling=sampling, stats=stats).run()
         else:
-            _ask(model, prompt, system, sampling, stats)
+            _ask(model, prompt, preset, sampling, stats)
 
 
-def _load(name: str, target: str, context: int | None) -> Model:
-    options: dict[str, Any] = {} if context is None else {"context": context}
-    with progress() as report:
-        artifact = api.resolve(name, progress=report)
-    with err.status(Text(f"loading {artifact.name}")):
-        # A loose file has no name in the store.
-        return api.load(artifact.name if artifact.digest else artifact.weights[0], target=target, **options)
+def _settings(preset: Preset, artifact: Artifact) -> tuple[dict[str, Any], LoadOptions]:
+    """What is set for a model: options of its sampling, and how it is loaded."""
+    adapters = tuple((name, 1.0) for name, _ in adapters_of(artifact))
+    found: dict[str, Any] = {"adapters": adapters} if adapters else {}
+    if not preset.parameters:
+        return found, LoadOptions()
+    # (The server's extra is here, then: what sets parameters is its API.)
+    from alight.server.memory import wished
+    from alight.server.ollama_requests import Options
+
+    asked = Options().over(preset.parameters)
+    sampling = asked.sampling(**found)
+    given = [f.name for f in fields(Sampling) if getattr(sampling, f.name) != f.default]
+    options = wished(artifact, LoadOptions(), asked.context() or 0)
+    return {name: getattr(sampling, name) for name in given}, options
 
 
-def _ask(model: Model, prompt: str, system: str | None, sampling: dict[str, Any], stats: bool) -> None:
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": prompt})
+def _with_template(model: Model, preset: Preset) -> Model:
+    if not preset.template:
+        return model
+    from alight.server.ollama_view import with_template
+
+    return with_template(model, preset.template)
+
+
+def _ask(model: Model, prompt: str, preset: Preset, sampling: dict[str, Any], stats: bool) -> None:
+    messages = preset.apply_to([{"role": "user", "content": prompt}])
     with closing(model.chat(messages, stream=True, **sampling)) as chunks:
         answer = print_answer(chunks)
     if stats:

@@ -67,6 +67,9 @@ def command(
         float | None, typer.Option(min=0.01, help="Gigabytes that all models may take; by default what fits.")
     ] = None,
     max_queue: Annotated[int, typer.Option(min=0, help="Requests of a model that may wait.")] = 64,
+    hang_after: Annotated[
+        float, typer.Option(min=5, help="Seconds without progress after which a model is started anew.")
+    ] = 600,
 ) -> None:
     """Share models with this machine or network: OpenAI and Ollama API.
 
@@ -99,6 +102,7 @@ def command(
         keep_alive=stay,
         max_memory=None if max_memory is None else int(max_memory * 1e9),
         max_waiting=max_queue,
+        hang_after=hang_after,
     )
     with models:
         for artifact in loose:  # a file that is in no store is served as it lies

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from alight.errors import nearest
 from alight.server.failures import ClientGone, Refused
 
-MAX_BODY = 8 << 20
+MAX_BODY = 32 << 20  # room for some photos
 _DRAIN = 64 << 20
 
 

@@ -62,6 +62,7 @@ def _json(loaded: Loaded) -> dict[str, Any]:
         "state": loaded.state.value,
         "target": info.target if info else "",
         "context": info.context if info else 0,
+        "vision": info.vision if info else False,
         "slots": loaded.slots,
         "running": loaded.running,
         "waiting": loaded.waiting,

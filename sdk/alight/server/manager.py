@@ -10,17 +10,19 @@ import logging
 import threading
 import time
 from collections import deque
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import TracebackType
 
 from alight.artifact import Artifact
-from alight.errors import AlightError, DoesNotFit, EngineError
+from alight.errors import AlightError, DoesNotFit, EngineCrashed, EngineError
 from alight.server import memory
 from alight.server.catalog import Catalog
 from alight.server.keep_alive import DEFAULT
 from alight.server.offers import Loaded, Offer
 from alight.server.restarts import RestartingModel
 from alight.server.turns import Slot, State, Turn
+from alight.server.watchdog import PATIENCE
 from alight.server.worker_model import WorkerModel
 from alight.store import Store
 from alight.target import LoadOptions, Model
@@ -41,6 +43,7 @@ class Models(Catalog):
             `keep_alive.FOREVER` keeps it until its memory is needed.
         max_memory: bytes that all models may take together; None leaves that to the machine.
         max_waiting: requests of one model that may wait for a slot; one more is Busy.
+        hang_after: seconds without progress after which a model's process counts as hung, and is started anew.
     """
 
     def __init__(
@@ -52,12 +55,14 @@ class Models(Catalog):
         keep_alive: float = DEFAULT,
         max_memory: int | None = None,
         max_waiting: int = MAX_WAITING,
+        hang_after: float = PATIENCE,
     ) -> None:
         self._options = options or LoadOptions()
         super().__init__(store, keep_alive, self._options.slots)
         self._target = target
         self._max_memory = max_memory
         self._max_waiting = max_waiting
+        self._hang_after = hang_after
         self._one_load = threading.Lock()  # loads one model at a time: two would count the same free memory
         self._wanting_room: Slot | None = None  # what is to be loaded as soon as others end
         self._unloader: threading.Thread | None = None
@@ -257,11 +262,34 @@ class Models(Catalog):
                 self._unloader.start()
 
     def _model(self, slot: Slot, artifact: Artifact, options: LoadOptions) -> RestartingModel:
+        def start(on_crash: Callable[[EngineCrashed], None]) -> WorkerModel:
+            patience = self._hang_after
+            return WorkerModel(artifact, options, target=self._target, on_crash=on_crash, patience=patience)
+
         return RestartingModel(
-            lambda on_crash: WorkerModel(artifact, options, target=self._target, on_crash=on_crash),
-            slot.crashes,
-            lambda: self._crashed(slot),
+            start, slot.crashes, lambda: self._crashed(slot), lambda: self._room_again(slot, artifact)
         )
+
+    @contextmanager
+    def _room_again(self, slot: Slot, artifact: Artifact) -> Iterator[None]:
+        """A block around the restart of a model: others may have taken its memory since it crashed.
+
+        Raises:
+            DoesNotFit: it no longer fits by the limit that was set.
+        """
+        # Whoever loads now may wait for room, and so for those who use `slot`: then it is not waited for.
+        while not (held := self._one_load.acquire(timeout=0.05)) and self._wanting_room is None:
+            pass
+        try:
+            while not memory.fits(slot.needed, self._free(slot)) and self._unload_idle():
+                pass
+            free = self._free(slot)
+            if self._max_memory is not None and not memory.fits(slot.needed, free):
+                raise DoesNotFit(f"model {artifact.name!r}", slot.needed, free)
+            yield
+        finally:
+            if held:
+                self._one_load.release()
 
     def _make_room(self, slot: Slot, artifact: Artifact, wish: LoadOptions) -> tuple[LoadOptions, int]:
         """Unload what is idle until the model fits, and wait for what is not. Gives the options to load it

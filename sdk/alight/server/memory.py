@@ -18,7 +18,7 @@ from alight.target import LoadOptions
 def needed(artifact: Artifact, options: LoadOptions) -> int:
     """Bytes that the artifact is predicted to take once loaded, with the whole of its context."""
     shape = _shape(artifact)
-    extras = [options.draft, options.projector, *(path for _, path in options.adapters)]
+    extras = [options.draft, options.projector or artifact.projector, *(path for _, path in options.adapters)]
     more = sum(_size(Path(path)) for path in extras if path)
     if shape is None:  # a format whose parts we cannot tell apart
         return artifact.size + planner.RUNTIME_BYTES + more

@@ -13,15 +13,23 @@ from starlette.concurrency import run_in_threadpool
 from alight.preset import Preset, adapters_of
 from alight.server.bodies import read
 from alight.server.failures import Refused
+from alight.server.images import check_sight, no_images
 from alight.server.manager import Models, Offer
 from alight.server.ollama_answers import ChatShape, Ending, GenerateShape, Plain, Reader, Shape, respond
 from alight.server.ollama_insert import insert_tokens
 from alight.server.ollama_names import OllamaRoute, find
-from alight.server.ollama_requests import ChatRequest, GenerateRequest, GenerationRequest, Options, as_openai
+from alight.server.ollama_requests import (
+    ChatRequest,
+    GenerateRequest,
+    GenerationRequest,
+    Options,
+    as_openai,
+    seen,
+)
 from alight.server.ollama_template import as_jinja
 from alight.server.ollama_view import with_template
 from alight.server.stream import Answers
-from alight.target import Chunk, Model, Sampling
+from alight.target import Chunk, Model, Sampling, without_images
 from alight.tools import PreparedChat, can_think, prepare_chat
 
 
@@ -41,6 +49,7 @@ def router(models: Models, answers: Answers) -> APIRouter:
 
         def begin(model: Model) -> Generator[Chunk]:
             view = call.view(model)
+            check_sight(model, messages, "images")
             prepared = prepare_chat(
                 view,
                 call.preset.apply_to(messages),
@@ -60,23 +69,28 @@ def router(models: Models, answers: Answers) -> APIRouter:
         body.check()
         call = await run_in_threadpool(_Call.of, models, body)
         shape = GenerateShape(body.model)
+        parts = seen(body.images or [], body.prompt, "images")
+        images = [part["data"] for part in parts[:-1]]
         if not body.prompt:
             return await _load_or_unload(request, models, answers, call, shape)
         reader, ending = Reader(Plain()), Ending()
 
         def begin(model: Model) -> Generator[Chunk]:
+            if images and not model.info.vision:
+                raise no_images("images")
             view = call.view(model, as_jinja(body.template or ""))
             think = call.think(view)
             if body.raw:
                 # Whoever writes the whole prompt writes its control tokens, too.
                 tokens = model.tokenize(body.prompt or "", bos=True, special=True)
-                return model.generate(tokens, call.constrained())
+                return model.generate(_after_beginning(model, images, tokens), call.constrained())
             if body.suffix:
                 template = body.template or call.preset.written
                 ending.prompt = insert_tokens(model, call.offer, template, body.prompt or "", body.suffix)
                 return model.generate(ending.prompt, call.constrained())
-            prepared = _prepare_prompt(view, body, call, think)
-            ending.prompt = prepared.tokens
+            prepared = _prepare_prompt(view, body, call, think, parts)
+            # A context is of token ids, so there is none of a prompt with images.
+            ending.prompt = None if images else without_images(prepared.tokens, body.model)
             reader.parser = prepared.parser
             return prepared.generate(model, call.sampling)
 
@@ -135,16 +149,24 @@ class _Call:
         return None
 
 
-def _prepare_prompt(view: Model, body: GenerateRequest, call: _Call, think: bool | None) -> PreparedChat:
-    """A prompt through the chat template, after the conversation that is in `context`."""
+def _prepare_prompt(
+    view: Model, body: GenerateRequest, call: _Call, think: bool | None, parts: list[dict[str, Any]]
+) -> PreparedChat:
+    """A prompt through the chat template, after the conversation that is in `context`.
+
+    Args:
+        parts: its images, and its text.
+    """
     system = body.system or call.preset.system
     if view.template.source or system:
         messages: list[Mapping[str, Any]] = [{"role": "system", "content": system}] if system else []
         messages += call.preset.messages if body.context is None else ()
-        messages.append({"role": "user", "content": body.prompt or ""})
+        messages.append({"role": "user", "content": parts if len(parts) > 1 else body.prompt or ""})
         prepared = prepare_chat(view, messages, json_schema=body.json_schema(), think=think)
     else:  # a base model: as in Ollama, the prompt is then all there is
-        tokens = view.tokenize(body.prompt or "", bos=True)
+        plain = view.tokenize(body.prompt or "", bos=True)
+        images = [part["data"] for part in parts[:-1]]
+        tokens = _after_beginning(view, images, plain)
         prepared = PreparedChat(tokens, Plain(), json_schema=body.json_schema())
     if not body.context:
         return prepared
@@ -152,6 +174,13 @@ def _prepare_prompt(view: Model, body: GenerateRequest, call: _Call, think: bool
     if beginning and tokens[: len(beginning)] == beginning:  # has its place at the very beginning only
         tokens = tokens[len(beginning) :]
     return replace(prepared, tokens=[*body.context, *tokens])
+
+
+def _after_beginning(model: Model, images: list[bytes], tokens: list[int]) -> list[int | bytes]:
+    """A prompt without a template: images come first, but for the token that begins every text."""
+    beginning = model.tokenize("", bos=True)
+    first = len(beginning) if tokens[: len(beginning)] == beginning else 0
+    return [*tokens[:first], *images, *tokens[first:]]
 
 
 async def _load_or_unload(

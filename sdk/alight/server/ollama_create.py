@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import Field as PydanticField
 
 from alight import api, paths, plugins
-from alight.artifact import SOURCE, Description, Layer, media_type, safe_path
+from alight.artifact import SOURCE, Description, Layer, is_projector, media_type, safe_path
 from alight.blobs import DIGEST
 from alight.chat import ROLES
 from alight.errors import InvalidModelFile, ModelNotFound
@@ -65,6 +65,11 @@ class _Parts:
     lineage: str = ""
     source: str = ""
     files: dict[str, Path] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> list[Layer]:
+        """The layers of the language model."""
+        return [x for x in self.layers if x.path.endswith(".gguf") and not is_projector(x.path)]
 
 
 def create(models: Models, store: Store, body: CreateRequest) -> Work:
@@ -134,15 +139,21 @@ def _from_files(store: Store, body: CreateRequest) -> _Parts:
     layers = []
     for path, digest in sorted((body.files or {}).items()):
         blob, header = _gguf(store, path, digest, "files")
-        if header.metadata.get("general.type") in ("adapter", "mmproj"):
-            what = header.metadata["general.type"]
-            hint = "Give adapters in `adapters`." if what == "adapter" else "Leave it out."
+        what = header.metadata.get("general.type")
+        if what == "adapter":
+            hint = "Give adapters in `adapters`."
             raise Refused(400, f"files: {path} is not a model but of type {what}", hint=hint, param="files")
         inside = _file_name(path, ".gguf")
+        sees = what == "mmproj" or header.architecture == "clip"
+        if sees != is_projector(inside):  # elsewhere, files are told apart by their names
+            inside = f"mmproj-{inside}" if sees else inside.lower().replace("mmproj", "model")
         found[inside] = blob
         layers.append(Layer(inside, media_type(inside), digest, blob.stat().st_size))
-    if len(found) > 1 and not all(_SPLIT.search(path) for path in found):
-        raise Refused(400, f"files: {', '.join(found)} are several models", hint="Give one.", param="files")
+    projectors = [path for path in found if is_projector(path)]
+    own = [path for path in found if path not in projectors]
+    if not own or len(projectors) > 1 or (len(own) > 1 and not all(_SPLIT.search(path) for path in own)):
+        hint = "Give one model, and one projector at most."
+        raise Refused(400, f"files: {', '.join(found)} are not one model", hint=hint, param="files")
     return _Parts(layers, api.describe(found, "gguf"), Preset())
 
 
@@ -186,7 +197,7 @@ def _file_name(path: str, suffix: str) -> str:
 
 def _check_quantizable(parts: _Parts, wanted: str) -> None:
     quant_type(wanted)  # raises BadInput with the known ones
-    weights = [layer for layer in parts.layers if layer.path.endswith(".gguf")]
+    weights = parts.weights
     now = parts.description.quantization
     if now != wanted and (now not in _FLOATS or len(weights) != 1):
         message = "quantization is only supported for F16, BF16 and F32 models in one file"
@@ -195,7 +206,7 @@ def _check_quantizable(parts: _Parts, wanted: str) -> None:
 
 def _quantized(store: Store, parts: _Parts, wanted: str, folder: Path, tell: Tell) -> _Parts:
     """The same model with its weights in another type. Nothing is measured, unlike in `alight build`."""
-    weights = [layer for layer in parts.layers if layer.path.endswith(".gguf")]
+    weights = parts.weights
     tell(f"quantizing {parts.description.quantization} model to {wanted}")
     source = store.find_blob(weights[0].digest) or store.blob(weights[0].digest)
     file = plugins.builder("gguf").convert(source, folder / "model.gguf", wanted)
@@ -222,6 +233,10 @@ def _workspace() -> Iterator[Path]:
 
 
 def _settings(body: CreateRequest) -> Preset:
+    for index, message in enumerate(body.messages or []):
+        if message.get("images"):
+            where = f"messages[{index}].images"
+            raise Refused(400, f"`{where}`: a model cannot bring images along", param="messages")
     messages = [as_openai(message, index) for index, message in enumerate(body.messages or [])]
     for index, message in enumerate(messages):
         if message.get("role") not in ROLES:

@@ -11,7 +11,7 @@ from alight.server.failures import Refused
 from alight.server.manager import Offer
 from alight.server.ollama_template import insert_template
 from alight.server.ollama_view import with_template
-from alight.target import Model
+from alight.target import Model, without_images
 
 # The marks before the prompt, before the suffix and before what is to be filled in: the header's keys, and
 # the texts that models use whose header has none.
@@ -37,7 +37,7 @@ def insert_tokens(model: Model, offer: Offer, template: str, prompt: str, suffix
     """
     if source := insert_template(template):
         messages = [{"role": "user", "content": text} for text in (prompt, suffix)]
-        return with_template(model, source).chat_tokens(messages)
+        return without_images(with_template(model, source).chat_tokens(messages), model.info.name)
     marks = insert_marks(offer.artifact)
     if marks is None:
         raise Refused(400, f'"{offer.name}" does not support insert', code="unsupported", param="suffix")

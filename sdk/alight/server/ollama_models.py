@@ -6,11 +6,13 @@ import json
 import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from alight.artifact import Artifact
 from alight.chat import ChatTemplate
 from alight.errors import InvalidModelFile
+from alight.gguf import read_header
 from alight.preset import Preset, adapters_of
 from alight.server.manager import Offer
 from alight.server.ollama_insert import insert_marks
@@ -56,6 +58,9 @@ def shown(offer: Offer, *, verbose: bool) -> dict[str, Any]:
             told["tensors"] = [
                 {"name": t.name, "type": t.type, "shape": list(t.shape)} for t in header.tensors
             ]
+    if projector := _projector(artifact):
+        header = read_header(projector)
+        told["projector_info"] = {key: _plain(value, verbose) for key, value in header.metadata.items()}
     own = offer.model.template.source if offer.model else str(metadata.get("tokenizer.chat_template", ""))
     if preset.system:
         told["system"] = preset.system
@@ -110,8 +115,14 @@ def _capabilities(offer: Offer, preset: Preset, template: str, metadata: Mapping
         "tools": bool(template) and can_call_tools(chat),
         "insert": bool(insert_template(preset.written)) or insert_marks(offer.artifact) is not None,
         "thinking": bool(template) and can_think(chat),
+        "vision": _projector(offer.artifact) is not None
+        or (offer.model is not None and offer.model.info.vision),
     }
     return [name for name, can in able.items() if can]
+
+
+def _projector(artifact: Artifact | None) -> Path | None:
+    return artifact.projector if artifact else None
 
 
 def _licence(artifact: Artifact | None) -> str:

@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, ConfigDict, ValidationError
 
-from alight.errors import Unsupported
 from alight.server import keep_alive
 from alight.server.bodies import Body, check_extras, words
 from alight.server.failures import Refused
+from alight.server.images import image_part, read_base64
 from alight.server.ollama_template import is_jinja
 from alight.target import Sampling
 from alight.tools import check_schema
@@ -175,8 +175,8 @@ class GenerateRequest(GenerationRequest):
         super().check()
         if self.raw and (self.system or self.template or self.context):
             raise Refused(400, "raw mode does not support template, system, or context", param="raw")
-        if self.images:
-            raise no_images("images")
+        if self.images and self.suffix:
+            raise Refused(400, "`suffix` is not for prompts with images", param="suffix")
         if self.template and is_jinja(self.template):
             # A Jinja template can loop for ever. That of a model is its maker's business; this is any client.
             hint = "Make a model with this template (/api/create), or write it in Ollama's language."
@@ -204,15 +204,23 @@ class EmbeddingsRequest(ModelRequest):
     prompt: str | None = None
 
 
-def no_images(where: str) -> Unsupported:
-    return Unsupported(f"`{where}`: this model cannot see images", hint="Send text only.")
+def seen(images: Any, text: Any, where: str) -> list[dict[str, Any]]:
+    """The content of a message: its images, and then its text.
+
+    Raises:
+        Refused: 400, naming the image.
+    """
+    if not isinstance(images, list):
+        raise Refused(400, f"`{where}` is {type(images).__name__}", hint="It must be a list.", param="images")
+    parts = [image_part(read_base64(image, f"{where}[{i}]")) for i, image in enumerate(images)]
+    return [*parts, {"type": "text", "text": text or ""}]
 
 
 def as_openai(message: dict[str, Any], index: int) -> dict[str, Any]:
     """A message of Ollama's as `prepare_chat` takes it: roles, tool calls and reasoning by OpenAI's names."""
-    if message.get("images"):
-        raise no_images(f"messages[{index}].images")
     told = {key: value for key, value in message.items() if key not in ("images", "thinking", "tool_name")}
+    if images := message.get("images"):
+        told["content"] = seen(images, message.get("content"), f"messages[{index}].images")
     if isinstance(told.get("role"), str):
         told["role"] = told["role"].lower()
     if thinking := message.get("thinking"):

@@ -6,7 +6,7 @@ from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
 
 from alight.chat import ChatTemplate
-from alight.target import Chunk, Model, Sampling, Scores
+from alight.target import Chunk, Model, Prompt, Sampling, Scores
 
 if TYPE_CHECKING:
     from alight.target import FloatArray
@@ -22,18 +22,20 @@ class _View(Model):
         own = model.template
         self._model = model
         self.info = model.info
-        self.template = ChatTemplate(source, bos=own.bos, eos=own.eos, control_tokens=own.control_tokens)
+        self.template = ChatTemplate(
+            source, bos=own.bos, eos=own.eos, control_tokens=own.control_tokens, vision=own.vision
+        )
 
-    def generate(self, prompt: str | Sequence[int], sampling: Sampling | None = None) -> Generator[Chunk]:
+    def generate(self, prompt: Prompt, sampling: Sampling | None = None) -> Generator[Chunk]:
         return self._model.generate(prompt, sampling)
 
-    def score(self, tokens: Sequence[int], *, distribution: bool = False) -> Scores:
-        return self._model.score(tokens, distribution=distribution)
+    def score(self, tokens: Sequence[int], *, distribution: bool = False, top: int = 0) -> Scores:
+        return self._model.score(tokens, distribution=distribution, top=top)
 
     def tokenize(self, text: str, *, bos: bool = False, special: bool = False) -> list[int]:
         return self._model.tokenize(text, bos=bos, special=special)
 
-    def prompt_tokens(self, pieces: Sequence[str]) -> list[int]:
+    def prompt_tokens(self, pieces: Sequence[str | bytes]) -> list[int | bytes]:
         return self._model.prompt_tokens(pieces)
 
     def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> bytes:

@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from alight.server.bodies import read
+from alight.server.images import check_sight, with_images
 from alight.server.manager import Models
 from alight.server.openai_bodies import ChatRequest, blaming, schema_of, thinks
 from alight.server.openai_brought import Brought
@@ -54,6 +55,7 @@ class _Call:
         self.body = body
         self.models = models
         body.chat_sampling(Sampling())  # raises
+        self.messages = with_images(body.messages)
         self.schema = schema_of(body.response_format, "response_format")
         self.think = thinks(body.reasoning_effort, "reasoning_effort")
         self.choice: Any = "auto" if body.tool_choice is None else body.tool_choice
@@ -73,9 +75,10 @@ class _Call:
             if sampling.seed is not None:
                 sampling = replace(sampling, seed=sampling.seed + choice.index)
             view = brought.view(model)
+            check_sight(model, self.messages)
             prepared = prepare_chat(
                 view,
-                brought.preset.apply_to(body.messages),
+                brought.preset.apply_to(self.messages),
                 tools=body.tools,
                 tool_choice=self.choice,
                 parallel=body.parallel_tool_calls is not False,

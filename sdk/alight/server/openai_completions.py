@@ -25,7 +25,6 @@ from alight.target import Chunk, Model, Sampling, TokenLogprob, Usage
 from alight.tools.schema import parse_schema
 
 MAX_ANSWERS = 128  # to one request: prompts times `n`
-MAX_SCORED = 64_000_000  # numbers: tokens of an echoed prompt times the vocabulary; 256 MB
 
 
 def router(models: Models, answers: Answers) -> APIRouter:
@@ -108,27 +107,16 @@ def _after_echo(
 
 def _scored(model: Model, prompt: str | list[int], top: int) -> tuple[TokenLogprob, ...]:
     """The log-probabilities of a prompt's own tokens. The beginning-of-text token is not part of it."""
-    import numpy as np
-
     tokens = model.tokenize(prompt, bos=True) if isinstance(prompt, str) else prompt
     pieces = [model.detokenize([token]) for token in tokens]
     first = len(model.tokenize("", bos=True)) if isinstance(prompt, str) else 0
     if len(tokens) < 2:
         return tuple(TokenLogprob(t, p, math.nan) for t, p in zip(tokens, pieces, strict=True))[first:]
-    if top and len(tokens) * model.info.vocabulary > MAX_SCORED:
-        limit = MAX_SCORED // model.info.vocabulary
-        hint = f"Send at most {limit} tokens, or ask for `logprobs`: 0."
-        raise Refused(
-            400, f"echoing {len(tokens)} tokens with their likeliest ones", hint=hint, param="logprobs"
-        )
-    scores = model.score(tokens, distribution=top > 0)
+    scores = model.score(tokens, top=top)
     found = [TokenLogprob(tokens[0], pieces[0], math.nan)]
     for i, logprob in enumerate(scores.logprobs):
-        best: tuple[tuple[int, bytes, float], ...] = ()
-        if scores.distribution is not None:
-            row = scores.distribution[i]
-            order = np.argsort(row)[: -top - 1 : -1]
-            best = tuple((int(t), model.detokenize([int(t)]), float(row[t])) for t in order)
+        likeliest = scores.top[i] if top else ()
+        best = tuple((token, model.detokenize([token]), value) for token, value in likeliest)
         found.append(TokenLogprob(tokens[i + 1], pieces[i + 1], float(logprob), best))
     return tuple(found[first:])
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alight.server.failures import Refused
+from alight.server.images import image_part, read_url
 
 _TEXT_PARTS = ("input_text", "output_text", "text", "refusal", "reasoning_text", "summary_text")
 
@@ -34,7 +35,7 @@ def messages_of(items: str | Sequence[Any], where: str = "input") -> list[dict[s
                 if role not in ("user", "system", "developer"):
                     hint = "It must be user, assistant, system or developer."
                     raise _refusal(f"{place}.role", f"is {role!r}", hint)
-                messages.append({"role": role, "content": _text(item.get("content"), f"{place}.content")})
+                messages.append({"role": role, "content": _content(item.get("content"), f"{place}.content")})
             case "reasoning":
                 content = item.get("content") or item.get("summary") or []
                 _assistant(messages, after=())["reasoning_content"] = _text(content, f"{place}.content")
@@ -68,17 +69,38 @@ def _call(item: Mapping[str, Any], place: str) -> dict[str, Any]:
     return {"id": item["call_id"], "type": "function", "function": function}
 
 
-def _text(content: Any, place: str) -> str:
+def _content(content: Any, place: str) -> str | list[dict[str, Any]]:
+    """What a user says: text, or texts and images."""
+    if not isinstance(content, list) or not any(_is_image(part) for part in content):
+        return _text(content, place)
+    parts = []
+    for i, part in enumerate(content):
+        where = f"{place}[{i}]"
+        if not _is_image(part):
+            parts.append({"type": "text", "text": _text([part], place, first=i)})
+        elif part.get("file_id"):
+            raise _refusal(where, "names a file", "Send the image in `image_url`.", code="unsupported")
+        else:
+            parts.append(image_part(read_url(part.get("image_url"), f"{where}.image_url")))
+    return parts
+
+
+def _is_image(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "input_image"
+
+
+def _text(content: Any, place: str, first: int = 0) -> str:
+    """The text of a content; `first` is the number of its first part."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
         raise _refusal(place, f"is {type(content).__name__}", "It must be text, or a list of parts.")
     texts = []
-    for i, part in enumerate(content):
+    for i, part in enumerate(content, first):
         kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
         if kind not in _TEXT_PARTS:
             raise _refusal(
-                f"{place}[{i}]", f"is of type {kind!r}", "Only text works here.", code="unsupported"
+                f"{place}[{i}]", f"is of type {kind!r}", "Text and images work here.", code="unsupported"
             )
         text = part.get("refusal" if kind == "refusal" else "text")
         if not isinstance(text, str):

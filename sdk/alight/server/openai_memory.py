@@ -32,7 +32,7 @@ class Memory:
         self._bytes = 0
 
     def keep(self, response: dict[str, Any], messages: list[dict[str, Any]]) -> None:
-        size = len(json.dumps([response, messages]))
+        size = len(json.dumps([response, messages], default=lambda image: " " * len(image)))
         self._kept[response["id"]] = Kept(response, messages, size)
         self._bytes += size
         while len(self._kept) > self._most or self._bytes > self._most_bytes:

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from alight.server.bodies import Body, check_extras, read, words
 from alight.server.failures import Failure, Refused
+from alight.server.images import check_sight
 from alight.server.manager import Models
 from alight.server.openai_bodies import IGNORED, SamplingBody, StreamOptions, blaming, schema_of, thinks
 from alight.server.openai_brought import Brought
@@ -177,6 +178,7 @@ class _Call:
         brought = Brought.of(self.models, body.model)
         sampling = body.response_sampling(brought.sampling)
         view = brought.view(model)
+        check_sight(model, self.messages)
         prepared = prepare_chat(
             view,
             brought.preset.apply_to([*instructions, *self.messages]),

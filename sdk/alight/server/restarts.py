@@ -6,12 +6,12 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import TYPE_CHECKING, TypeVar
 
 from alight.errors import EngineCrashed, EngineError
 from alight.server.worker_model import WorkerModel
-from alight.target import Chunk, Model, Sampling, Scores
+from alight.target import Chunk, Model, Prompt, Sampling, Scores
 
 if TYPE_CHECKING:
     from alight.target import FloatArray
@@ -71,6 +71,8 @@ class RestartingModel(Model):
         start: gives a new worker that has not loaded yet; it is to tell crashes to its argument.
         crashes: the model's crashes so far.
         on_crash: called after each crash, from a thread of the worker.
+        make_room: a block around each start after a crash; it raises DoesNotFit where others have taken the
+            memory meanwhile.
     """
 
     def __init__(
@@ -78,10 +80,12 @@ class RestartingModel(Model):
         start: Callable[[Callable[[EngineCrashed], None]], WorkerModel],
         crashes: Crashes,
         on_crash: Callable[[], None],
+        make_room: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self._start = start
         self._crashes = crashes
         self._on_crash = on_crash
+        self._make_room = make_room
         self._lock = threading.Lock()  # held while a worker loads, so that two requests start one
         self._worker: WorkerModel | None = None
         self._closed = False
@@ -114,7 +118,7 @@ class RestartingModel(Model):
 
     # -- the interface of Model ------------------------------------------------------------------
 
-    def generate(self, prompt: str | Sequence[int], sampling: Sampling | None = None) -> Generator[Chunk]:
+    def generate(self, prompt: Prompt, sampling: Sampling | None = None) -> Generator[Chunk]:
         for last_try in (False, True):
             said = finished = False
             try:
@@ -132,8 +136,8 @@ class RestartingModel(Model):
                     raise
                 log.info("a request is run again, since its worker crashed before the first token")
 
-    def score(self, tokens: Sequence[int], *, distribution: bool = False) -> Scores:
-        return self._answer(lambda worker: worker.score(tokens, distribution=distribution))
+    def score(self, tokens: Sequence[int], *, distribution: bool = False, top: int = 0) -> Scores:
+        return self._answer(lambda worker: worker.score(tokens, distribution=distribution, top=top))
 
     def embed(self, texts: Sequence[str], *, pooling: str = "") -> FloatArray:
         return self._answer(lambda worker: worker.embed(texts, pooling=pooling))
@@ -144,7 +148,7 @@ class RestartingModel(Model):
     def tokenize(self, text: str, *, bos: bool = False, special: bool = False) -> list[int]:
         return self._retried(lambda worker: worker.tokenize(text, bos=bos, special=special))
 
-    def prompt_tokens(self, pieces: Sequence[str]) -> list[int]:
+    def prompt_tokens(self, pieces: Sequence[str | bytes]) -> list[int | bytes]:
         return self._retried(lambda worker: worker.prompt_tokens(pieces))
 
     def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> bytes:
@@ -175,7 +179,11 @@ class RestartingModel(Model):
         with self._lock:
             if self._closed or self._worker is None:
                 raise EngineError("the model is closed", hint="Load it again.")
-            return self._worker if self._worker.alive else self._launch()
+            if self._worker.alive:
+                return self._worker
+            self._crashes.check()
+            with self._make_room():
+                return self._launch()
 
     def _launch(self) -> WorkerModel:
         self._crashes.check()

@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any
 from alight import api
 from alight.errors import AlightError, EngineError
 from alight.server import worker_protocol as protocol
+from alight.server.watchdog import BEAT
 from alight.server.worker_protocol import Channel
 from alight.target import LoadOptions, Model, Sampling
 
@@ -39,11 +41,14 @@ class Worker:
         self._channel = channel
         self._model: Model | None = None
         self._streams: dict[int, _Stream] = {}  # the generations in progress, by request
+        self._calls: set[int] = set()  # the other requests that the model works on
+        self._wake = threading.Event()  # there is something to do
 
     def serve(self) -> None:
         """Answer requests until the server hangs up, then close the model."""
+        self._start(self._beat)
         while frame := self._channel.receive():
-            request, _ = frame
+            request, payload = frame
             match request["call"]:
                 case "more":
                     if stream := self._streams.get(request["id"]):
@@ -54,7 +59,8 @@ class Worker:
                 case "generate":
                     # Known before its thread runs, so that a cancel which follows at once finds it.
                     stream = self._streams[request["id"]] = _Stream()
-                    self._start(self._generate, request, stream)
+                    self._wake.set()
+                    self._start(self._generate, request, payload, stream)
                 case _:
                     self._start(self._answer, request)
         # Closing may get stuck in native code, and nobody is left then to end this process.
@@ -69,6 +75,19 @@ class Worker:
     def _start(self, run: Callable[..., None], *arguments: Any) -> None:
         threading.Thread(target=run, args=arguments, daemon=True).start()
 
+    def _beat(self) -> None:
+        """Tell the server every second how far the engine is, as long as there is something to do."""
+        while self._wake.wait():
+            self._wake.clear()  # first: what comes from here on sets it again
+            if self._calls or self._streams:
+                self._wake.set()
+            busy = bool(self._calls) or any(stream.working for stream in [*self._streams.values()])
+            progress = self._model.progress() if self._model else None
+            told = {"id": protocol.BEAT, "progress": progress, "busy": busy and progress is not None}
+            with contextlib.suppress(OSError):
+                self._channel.send(told)
+            time.sleep(BEAT)
+
     # -- in a request's thread -------------------------------------------------------------------
 
     def _answer(self, request: Mapping[str, Any]) -> None:
@@ -77,6 +96,8 @@ class Worker:
             if call == "load":
                 header, payload = self._load(request), b""
             elif call in protocol.CALLS:
+                self._calls.add(number)
+                self._wake.set()
                 result = getattr(self._loaded(), call)(*request["arguments"], **request["options"])
                 header, payload = protocol.result_to_json(result)
             else:
@@ -84,12 +105,15 @@ class Worker:
             self._channel.send({"id": number, **header}, payload)
         except Exception as error:
             self._fail(number, error)
+        finally:
+            self._calls.discard(number)
 
-    def _generate(self, request: Mapping[str, Any], stream: _Stream) -> None:
+    def _generate(self, request: Mapping[str, Any], payload: bytearray, stream: _Stream) -> None:
         number = request["id"]
         sampling = protocol.options_from_json(Sampling, request["sampling"])
+        prompt = protocol.prompt_from_json(request["prompt"], payload)
         try:
-            with closing(self._loaded().generate(request["prompt"], sampling)) as chunks:
+            with closing(self._loaded().generate(prompt, sampling)) as chunks:
                 for chunk in chunks:
                     if not stream.wait_for_room():
                         return  # nobody reads it any more
@@ -122,9 +146,14 @@ class Worker:
 
 
 class _Stream:
-    """How far a generation may go: the server grants chunks as its client reads them."""
+    """How far a generation may go: the server grants chunks as its client reads them.
+
+    Attributes:
+        working: the model is to give the next chunk; it is not the client that is waited for.
+    """
 
     def __init__(self) -> None:
+        self.working = True
         self._room = threading.Semaphore(protocol.WINDOW)
         self._cancelled = False
 
@@ -137,7 +166,9 @@ class _Stream:
 
     def wait_for_room(self) -> bool:
         """Wait until another chunk may be sent; False if none is wanted."""
+        self.working = False
         self._room.acquire()
+        self.working = True
         return not self._cancelled
 
 

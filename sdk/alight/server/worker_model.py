@@ -23,8 +23,9 @@ import psutil
 from alight.artifact import Artifact
 from alight.errors import EngineCrashed, EngineError
 from alight.server import worker_protocol as protocol
+from alight.server.watchdog import PATIENCE, Watchdog
 from alight.server.worker_protocol import WINDOW, Channel, Header
-from alight.target import Chunk, LoadOptions, Model, Sampling, Scores
+from alight.target import Chunk, LoadOptions, Model, Prompt, Sampling, Scores
 
 if TYPE_CHECKING:
     from alight.target import FloatArray
@@ -47,6 +48,7 @@ class WorkerModel(Model):
     Args:
         artifact, options, target: as for `alight.api.load_artifact`.
         on_crash: called once, from another thread, if the process ends although nobody closed the model.
+        patience: seconds without progress after which the process counts as hung, and is ended.
 
     Raises:
         EngineError: the process does not start.
@@ -59,6 +61,7 @@ class WorkerModel(Model):
         *,
         target: str = "auto",
         on_crash: Callable[[EngineCrashed], None] = lambda _: None,
+        patience: float = PATIENCE,
     ) -> None:
         self.name = artifact.name
         self._artifact = artifact
@@ -70,6 +73,9 @@ class WorkerModel(Model):
         self._lock = threading.Lock()  # guards _requests, _closing and _crash
         self._closing = False
         self._crash: str | None = None  # how the process ended by itself
+        self._hung = ""  # how it was ended because it hung
+        self._patience = patience
+        self._watchdog = Watchdog(patience, self._end_hung)
         self._process, self._channel = _spawner.submit(_start).result()
         self._last_lines: deque[str] = deque(maxlen=40)
         self._errors = threading.Thread(target=self._read_errors, name="alight-worker-log", daemon=True)
@@ -115,11 +121,11 @@ class WorkerModel(Model):
 
     # -- the interface of Model ------------------------------------------------------------------
 
-    def generate(self, prompt: str | Sequence[int], sampling: Sampling | None = None) -> Generator[Chunk]:
-        text = prompt if isinstance(prompt, str) else _integers(prompt)
+    def generate(self, prompt: Prompt, sampling: Sampling | None = None) -> Generator[Chunk]:
+        told, images = protocol.prompt_to_json(prompt)
         options = protocol.options_to_json(sampling or Sampling())
         ended = False
-        with self._request("generate", prompt=text, sampling=options) as (number, replies):
+        with self._request("generate", images, prompt=told, sampling=options) as (number, replies):
             try:
                 for taken in itertools.count(1):
                     try:
@@ -137,16 +143,18 @@ class WorkerModel(Model):
                 if not ended:
                     self._tell(number, "cancel")
 
-    def score(self, tokens: Sequence[int], *, distribution: bool = False) -> Scores:
-        scores: Scores = self._call("score", _integers(tokens), distribution=distribution)
+    def score(self, tokens: Sequence[int], *, distribution: bool = False, top: int = 0) -> Scores:
+        scores: Scores = self._call("score", _integers(tokens), distribution=distribution, top=top)
         return scores
 
     def tokenize(self, text: str, *, bos: bool = False, special: bool = False) -> list[int]:
         ids: list[int] = self._call("tokenize", text, bos=bos, special=special)
         return ids
 
-    def prompt_tokens(self, pieces: Sequence[str]) -> list[int]:
-        ids: list[int] = self._call("prompt_tokens", list(pieces))  # one round trip for all of them
+    def prompt_tokens(self, pieces: Sequence[str | bytes]) -> list[int | bytes]:
+        if not all(isinstance(piece, str) for piece in pieces):
+            return super().prompt_tokens(pieces)  # images stay here until they are needed
+        ids: list[int | bytes] = self._call("prompt_tokens", list(pieces))  # one round trip for all of them
         return ids
 
     def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> bytes:
@@ -190,7 +198,7 @@ class WorkerModel(Model):
             return self._next(replies, timeout)
 
     @contextmanager
-    def _request(self, call: str, **fields: Any) -> Iterator[tuple[int, _Replies]]:
+    def _request(self, call: str, payload: bytes = b"", **fields: Any) -> Iterator[tuple[int, _Replies]]:
         """Send a request; gives its number, and the queue that its replies come to while the block lasts."""
         replies: _Replies = queue.SimpleQueue()
         with self._lock:
@@ -198,16 +206,21 @@ class WorkerModel(Model):
                 raise self._gone()
             number = next(self._numbers)
             self._requests[number] = replies
+        watched = call != "load"  # that may take as long as a disk is slow
+        if watched:
+            self._watchdog.begin()
         try:
-            self._tell(number, call, **fields)
+            self._tell(number, call, payload, **fields)
             yield number, replies
         finally:
             self._requests.pop(number, None)
+            if watched:
+                self._watchdog.end()
 
-    def _tell(self, number: int, call: str, **fields: Any) -> None:
+    def _tell(self, number: int, call: str, payload: bytes = b"", **fields: Any) -> None:
         # Where the process is gone, the reader finds that out too, and tells all who wait for a reply.
         with contextlib.suppress(OSError):
-            self._channel.send({"id": number, "call": call, **fields})
+            self._channel.send({"id": number, "call": call, **fields}, payload)
 
     def _next(self, replies: _Replies, timeout: float | None = None) -> tuple[Header, bytearray]:
         try:
@@ -235,6 +248,8 @@ class WorkerModel(Model):
                 header, _ = frame
                 if replies := self._requests.get(header["id"]):
                     replies.put(frame)
+                elif header["id"] == protocol.BEAT:
+                    self._watchdog.beat(header["progress"], header["busy"])
                 elif header["id"] == protocol.LOG:
                     logger = logging.getLogger(header["name"])
                     logger.log(header["level"], "%s: %s", self.name, header["text"])
@@ -244,6 +259,7 @@ class WorkerModel(Model):
 
     def _end(self) -> None:
         """The process has ended, or does now: reap it and tell everyone who waits for it."""
+        self._watchdog.stop()
         # With it goes what it started. It leads a group of its own, and its number is not free yet.
         if hasattr(os, "killpg"):
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -254,7 +270,7 @@ class WorkerModel(Model):
         self._errors.join(1.0)
         with self._lock:
             if not self._closing:
-                self._crash = _how(code, self._last_lines)
+                self._crash = self._hung or _how(code, self._last_lines)
             waiting = [*self._requests.values()]
         try:
             if self._crash is not None:
@@ -264,6 +280,10 @@ class WorkerModel(Model):
                 replies.put(None)
             self._channel.hang_up(timeout=1.0)
             self._channel.close()
+
+    def _end_hung(self) -> None:
+        self._hung = f"made no progress for {self._patience:g} seconds, so it was ended"
+        self._process.kill()  # the reader does the rest
 
     def _tell_crash(self) -> None:
         error = self._gone()

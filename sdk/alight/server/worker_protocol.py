@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
 import struct
 import threading
@@ -21,13 +22,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from alight.artifact import Artifact, Description, Layer
 from alight.chat import ChatTemplate
 from alight.errors import AlightError, EngineError
-from alight.target import Chunk, ModelInfo, Scores, TokenLogprob, Usage
+from alight.target import Chunk, ModelInfo, Prompt, Scores, TokenLogprob, Usage
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-LOG = -1  # the request number of log records, which belong to no request
+LOG, BEAT = -1, -2  # the request numbers of log records and signs of life, which belong to no request
 CALLS = frozenset({"score", "tokenize", "prompt_tokens", "detokenize", "embed", "rerank", "metrics"})
 WINDOW = 256  # chunks that a worker may be ahead of whoever reads the answer
 PART = 1 << 20  # bytes; a larger payload goes in parts, so that the tokens of others pass between them
@@ -129,6 +130,33 @@ class Channel:
         self._in.close()
 
 
+# -- prompts -----------------------------------------------------------------------------------------
+
+
+def prompt_to_json(prompt: Prompt) -> tuple[str | list[int | list[int]], bytes]:
+    """A prompt as JSON and a payload: an image is there as the list of its length, and its bytes here."""
+    if isinstance(prompt, str):
+        return prompt, b""
+    images = [item for item in prompt if isinstance(item, bytes)]
+    # (index: also NumPy's integers, which JSON does not know.)
+    told = [[len(item)] if isinstance(item, bytes) else operator.index(item) for item in prompt]
+    return told, b"".join(images)
+
+
+def prompt_from_json(told: str | list[int | list[int]], payload: bytes | bytearray) -> Prompt:
+    if isinstance(told, str):
+        return told
+    prompt: list[int | bytes] = []
+    at = 0
+    for item in told:
+        if isinstance(item, list):
+            prompt.append(bytes(payload[at : at + item[0]]))
+            at += item[0]
+        else:
+            prompt.append(item)
+    return prompt
+
+
 # -- values as JSON ----------------------------------------------------------------------------------
 
 
@@ -216,7 +244,7 @@ def info_from_json(data: Mapping[str, Any]) -> ModelInfo:
 
 def template_to_json(template: ChatTemplate) -> dict[str, Any]:
     texts = {"source": template.source, "bos": template.bos, "eos": template.eos}
-    return {**texts, "control_tokens": template.control_tokens}
+    return {**texts, "control_tokens": template.control_tokens, "vision": template.vision}
 
 
 def template_from_json(data: Mapping[str, Any]) -> ChatTemplate:
@@ -238,7 +266,8 @@ def result_to_json(result: Any) -> tuple[Header, bytes]:
         return {"bytes": _text(result)}, b""
     if isinstance(result, Scores):
         arrays = [a for a in (result.logprobs, result.distribution) if a is not None]
-        return {"scores": result.tokens, "shapes": [a.shape for a in arrays]}, b"".join(map(_numbers, arrays))
+        told = {"scores": result.tokens, "top": result.top, "shapes": [a.shape for a in arrays]}
+        return told, b"".join(map(_numbers, arrays))
     if isinstance(result, np.ndarray):
         return {"shapes": [result.shape]}, _numbers(result)
     return {"result": result}, b""
@@ -250,7 +279,8 @@ def result_from_json(header: Header, payload: bytearray) -> Any:
     arrays = _arrays(header["shapes"], payload)
     if "scores" not in header:
         return arrays[0]
-    return Scores(tuple(header["scores"]), arrays[0], arrays[1] if len(arrays) > 1 else None)
+    distribution = arrays[1] if len(arrays) > 1 else None
+    return Scores(tuple(header["scores"]), arrays[0], distribution, _tuples(header["top"]))
 
 
 def _numbers(array: NDArray[Any]) -> bytes:

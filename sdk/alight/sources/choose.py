@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from alight.artifact import is_projector
 from alight.errors import InvalidModelFile, SourceError, nearest
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,8 @@ _HOW_TO_CHOOSE = "Choose one with :FILE, :QUANTIZATION (for example :Q8_0) or a 
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5,6})\.(?P<kind>gguf|safetensors)")
 _LARGEST_SPLIT = 9999
 # GGUF files that are no language model of their own: a vision projector, an importance matrix.
-_AUXILIARY_GGUF = re.compile(r"(^|/)mmproj|imatrix", re.IGNORECASE)
+_AUXILIARY_GGUF = re.compile(r"mmproj[^/]*$|imatrix", re.IGNORECASE)
+_PROJECTOR_KINDS = ("F16", "BF16", "Q8_0", "F32")  # of several, the first that is there
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,8 @@ class Choice:
 
     Attributes:
         format: "gguf" or "safetensors".
-        paths: their names in the listing; for a GGUF the first part comes first.
+        paths: their names in the listing; for a GGUF the first part comes first, and the vision projector
+            last.
     """
 
     format: str
@@ -60,11 +63,10 @@ def choose(
         SourceError: nothing, or no single model, answers; or a shard is missing.
         InvalidModelFile: the shard index is not one.
     """
-    if wanted is not None:
-        return Choice("gguf", _wanted_gguf(names, wanted, where))
-    if is_checkpoint(names):
+    if wanted is None and is_checkpoint(names):
         return Choice("safetensors", checkpoint_files(names, where, open_index))
-    return Choice("gguf", _default_gguf(names, where))
+    paths = _default_gguf(names, where) if wanted is None else _wanted_gguf(names, wanted, where)
+    return Choice("gguf", paths + _projector(names, paths))
 
 
 # --- GGUF --------------------------------------------------------------------------------------------
@@ -160,6 +162,15 @@ def _is_quantization(name: str, quantization: str) -> bool:
 def is_gguf(name: str) -> bool:
     """Whether a file name is a GGUF's."""
     return name.lower().endswith(".gguf")
+
+
+def _projector(names: Collection[str], paths: list[str]) -> list[str]:
+    """The vision projector that belongs to a model; nothing where there is none, or where it is the model."""
+    found = sorted(name for name in names if is_projector(name))
+    if not found or is_projector(paths[0]):
+        return []
+    usual = (name for kind in _PROJECTOR_KINDS for name in found if _is_quantization(name, kind))
+    return [next(usual, found[0])]
 
 
 # --- Checkpoints -------------------------------------------------------------------------------------

@@ -36,14 +36,14 @@ class PreparedChat:
     where reasoning comes before an answer that has to follow a schema.
 
     Attributes:
-        tokens: the prompt.
+        tokens: the prompt; images stand among them as the bytes of their files.
         parser: reads this one answer.
         keep_special: control tokens that `parser` has to see.
         reasons_first: the tag that ends the reasoning before what json_schema or `force` is about.
         force: the call that the answer has to be.
     """
 
-    tokens: list[int]
+    tokens: list[int | bytes]
     parser: AnswerParser
     json_schema: str = ""
     keep_special: tuple[str, ...] = ()
@@ -143,18 +143,18 @@ class _Prompt:
 
     def render(
         self, thinking: Thinking | None, think: bool | None, constrained: bool
-    ) -> tuple[list[str], bool]:
+    ) -> tuple[list[str | bytes], bool]:
         """The pieces of the prompt, and whether they end inside of reasoning."""
         pieces = self._render(think)
         if not thinking:
             return pieces, False
-        opened = thinking.opened("".join(pieces))
+        opened = thinking.opened(_text(pieces))
         if think is None and constrained and not opened and thinking.switch:
             # The model would choose to reason, but a schema leaves no room for it.
             think, pieces = False, self._render(False)
-            opened = thinking.opened("".join(pieces))
+            opened = thinking.opened(_text(pieces))
         if think is False:
-            text = "".join(pieces)
+            text = _text(pieces)
             if opened:
                 pieces.append(f"\n{thinking.end}\n\n")
             elif not thinking.closed(text) and not thinking.switch:
@@ -162,7 +162,7 @@ class _Prompt:
             opened = False
         return pieces, opened
 
-    def _render(self, think: bool | None) -> list[str]:
+    def _render(self, think: bool | None) -> list[str | bytes]:
         family, messages, tools = self.family, self.messages, self.tools
         adapted = family.adapt(messages)
         if tools and not family.describes():
@@ -171,6 +171,11 @@ class _Prompt:
         return self.template.render(
             adapted, tools=tools, variables=Thinking.variables(think), keep_null=family.null_content
         )
+
+
+def _text(pieces: Sequence[str | bytes]) -> str:
+    """A rendered prompt without its images."""
+    return "".join(piece for piece in pieces if isinstance(piece, str))
 
 
 def family_of(template: ChatTemplate) -> Family:

@@ -7,7 +7,7 @@ that part is a step of its own, whose prompt holds all before it; the engine's p
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 
@@ -31,7 +31,7 @@ class Force:
 
 def run_steps(
     model: Model,
-    tokens: list[int],
+    tokens: Sequence[int | bytes],
     sampling: Sampling,
     *,
     json_schema: str,
@@ -87,12 +87,12 @@ class _Run:
         ended: the tokens are used up, and the last chunk has been given.
     """
 
-    def __init__(self, model: Model, tokens: list[int], sampling: Sampling) -> None:
+    def __init__(self, model: Model, tokens: Sequence[int | bytes], sampling: Sampling) -> None:
         self.sampling = sampling
         self.text = ""
         self.ended = False
         self._model = model
-        self._tokens = list(tokens)
+        self._tokens = [*tokens]
         self._left = sampling.max_tokens
         self._usage: Usage | None = None
 

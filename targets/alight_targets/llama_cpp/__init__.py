@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 import psutil
 
@@ -39,9 +40,10 @@ class CpuTarget(Target):
                 hint=f"Use --context {shape.trained_context} or less.",
             )
         outputs = options.slots + KEPT
-        context = fit_context(
-            shape, wanted, devices.available_memory(), kv_type=options.kv_type, outputs=outputs
-        )
+        available = devices.available_memory()
+        if options.projector and (eyes := Path(options.projector)).is_file():
+            available -= eyes.stat().st_size
+        context = fit_context(shape, wanted, available, kv_type=options.kv_type, outputs=outputs)
         threads = options.threads or psutil.cpu_count(logical=False) or 1
         return LlamaCppModel(artifact, options, context=context, threads=threads, target=self.name)
 

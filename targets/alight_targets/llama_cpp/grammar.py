@@ -1,4 +1,4 @@
-"""JSON Schema to GBNF, by the converter that llama-cpp-python carries."""
+"""The grammar that a request's text must follow."""
 
 from __future__ import annotations
 
@@ -7,29 +7,27 @@ from functools import lru_cache
 
 from alight.errors import BadInput
 from alight.target import Sampling
-
-_ANY_CHARACTER, _JSON_CHARACTER = r'[^"\\]', r'[^"\\\x7F\x00-\x1F]'
+from alight.tools import check_schema
+from alight_targets.llama_cpp.schema_grammar import schema_grammar
 
 
 def gbnf_of(sampling: Sampling) -> str:
-    """The grammar that a request's text must follow; empty if it may be anything."""
+    """The grammar that a request's text must follow; empty if it may be anything.
+
+    Raises:
+        BadInput: the JSON Schema is none, or has something that a grammar cannot follow; names the place.
+    """
     return _from_schema(sampling.json_schema) if sampling.json_schema else sampling.grammar
 
 
 @lru_cache(maxsize=64)
-def _from_schema(schema: str) -> str:
-    from llama_cpp.llama_grammar import JSON_GBNF, json_schema_to_gbnf
-
+def _from_schema(text: str) -> str:
     try:
-        parsed = json.loads(schema)
-    except ValueError as error:
-        raise BadInput(f"json_schema is not JSON: {error}") from error
-    if not isinstance(parsed, dict):
-        raise BadInput(f"json_schema is {type(parsed).__name__}", hint="It must be an object.")
-    if not parsed:
-        return str(JSON_GBNF)
+        schema = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"json_schema is not JSON: {error}") from None
+    check_schema(schema, "json_schema")
     try:
-        # The converter lets raw line breaks and other control characters into strings, which is not JSON.
-        return str(json_schema_to_gbnf(schema)).replace(_ANY_CHARACTER, _JSON_CHARACTER)
-    except Exception as error:  # the converter raises whatever its code meets
-        raise BadInput(f"json_schema cannot be followed: {error!r}", hint="Simplify the schema.") from error
+        return schema_grammar({"type": "object"} if schema == {} else schema, "json_schema")
+    except RecursionError:
+        raise BadInput("json_schema is made of itself without end", hint="Look at its $ref.") from None

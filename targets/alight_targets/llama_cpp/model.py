@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,9 +13,21 @@ from alight.artifact import Artifact
 from alight.chat import ChatTemplate
 from alight.errors import AlightError, BadInput, ContextExceeded, EngineError
 from alight.planner import BATCH
-from alight.target import Chunk, LoadOptions, Model, ModelInfo, Sampling, Scores, Usage
+from alight.target import (
+    Chunk,
+    LoadOptions,
+    Model,
+    ModelInfo,
+    Prompt,
+    Sampling,
+    Scores,
+    Usage,
+    without_images,
+)
 from alight.text import TextStream
+from alight_targets.llama_cpp.cache import Cache
 from alight_targets.llama_cpp.embed import embed
+from alight_targets.llama_cpp.layout import PAGE, Layouts
 from alight_targets.llama_cpp.native import NativeContext, NativeModel
 from alight_targets.llama_cpp.prompt_cache import PromptCache
 from alight_targets.llama_cpp.request import Adapters, Request
@@ -24,8 +37,10 @@ from alight_targets.llama_cpp.speculative import DRAFT, DraftModel, PromptLookup
 
 if TYPE_CHECKING:
     from alight.target import FloatArray
+    from alight_targets.llama_cpp.vision import Image, Vision
 
 KEPT = 16  # finished conversations that stay in the KV cache
+_X86 = ("x86_64", "AMD64")
 
 
 class LlamaCppModel(Model):
@@ -41,21 +56,20 @@ class LlamaCppModel(Model):
         self._options = options
         self._threads = threads
         self._native = native = NativeModel(artifact.weights, mmap=options.mmap)
-        self._context: NativeContext | None = None
+        self._cache: Cache | None = None
         self._draft: DraftModel | None = None
+        self._vision: Vision | None = None
         try:
+            self._vision = self._load_vision()
             self._adapters = {name: native.adapter(Path(file)) for name, file in options.adapters}
             guesses = DRAFT if options.draft else options.lookup
-            sequences = options.slots + KEPT
-            self._context = self._open_context(context, options.slots * (1 + guesses), sequences)
+            outputs = options.slots * (1 + guesses)
             self._scheduler = Scheduler(
                 native,
-                self._context,
+                lambda: self._open_cache(context, outputs, artifact),
                 limit=context,
                 slots=options.slots,
-                sequences=sequences,
                 drafter=self._drafter(context),
-                prompts=self._prompt_cache(artifact),
             )
         except AlightError:
             self._free()
@@ -69,29 +83,41 @@ class LlamaCppModel(Model):
             target=target,
             trained_context=native.trained_context,
             details={"threads": threads, "kv_type": options.kv_type, "slots": options.slots},
+            vision=self._vision is not None,
         )
         self.template = ChatTemplate(
             native.chat_template(),
             bos=native.token_text(native.bos),
             eos=native.token_text(native.eos),
             control_tokens=native.control_tokens(),
+            vision=self._vision is not None,
         )
         self._closed = False
 
-    def generate(self, prompt: str | Sequence[int], sampling: Sampling | None = None) -> Generator[Chunk]:
+    def generate(self, prompt: Prompt, sampling: Sampling | None = None) -> Generator[Chunk]:
         sampling = sampling or Sampling()
-        tokens = self.tokenize(prompt, bos=True) if isinstance(prompt, str) else self._checked(prompt)
+        tokens, images = self._placed(prompt)
         if not tokens:
             raise BadInput("the prompt is empty", hint="Give at least one token of text.")
         if len(tokens) >= self.info.context:
             raise ContextExceeded(len(tokens) + 1, self.info.context)
-        request = self._request(tokens, sampling)
+        request = self._request(tokens, images, sampling)
         if request.limit == 0:
             request.sampler.close()
             return (c for c in [Chunk(finish_reason="length", usage=Usage(prompt_tokens=len(tokens)))])
         return self._stream(request)
 
-    def _request(self, tokens: list[int], sampling: Sampling) -> Request:
+    def _placed(self, prompt: Prompt) -> tuple[list[int], list[Image]]:
+        """A prompt's tokens, and the images among them."""
+        if isinstance(prompt, str):
+            return self.tokenize(prompt, bos=True), []
+        if self._vision is None:
+            return self._checked(without_images(prompt, self.info.name)), []
+        self._checked([item for item in prompt if not isinstance(item, bytes)])
+        return self._vision.place(prompt)
+
+    def _request(self, tokens: list[int], images: list[Image], sampling: Sampling) -> Request:
+        shift = self._options.shift and not images  # half of an image means nothing
         room = self.info.context - len(tokens)
         wanted = room if sampling.max_tokens is None else sampling.max_tokens
         shown = {
@@ -102,12 +128,13 @@ class LlamaCppModel(Model):
             sampling,
             Sampler(sampling, self._native),
             TextStream(sampling.stop),
-            limit=wanted if self._options.shift else min(wanted, room),
+            limit=wanted if shift else min(wanted, room),
             adapters=self._chosen_adapters(sampling),
-            shift=self._options.shift,
+            shift=shift,
             shown_special=frozenset(shown),
+            images=images,
         )
-        request.sampler.accept_prompt(tokens)
+        request.sampler.accept_prompt([t for t in tokens if t >= 0] if images else tokens)
         return request
 
     def _stream(self, request: Request) -> Generator[Chunk]:
@@ -123,17 +150,18 @@ class LlamaCppModel(Model):
         finally:
             request.cancelled = True  # seen by the scheduler before its next step
 
-    def score(self, tokens: Sequence[int], *, distribution: bool = False) -> Scores:
+    def score(self, tokens: Sequence[int], *, distribution: bool = False, top: int = 0) -> Scores:
         ids = self._checked(tokens)
         if len(ids) < 2:
             raise BadInput(f"score got {len(ids)} tokens", hint="It needs at least two.")
         if len(ids) > self.info.context:
             raise ContextExceeded(len(ids), self.info.context)
-        return self._scheduler.call(lambda: self._score(ids, distribution))
+        return self._scheduler.call(lambda: self._score(ids, distribution, min(top, self.info.vocabulary)))
 
-    def _score(self, ids: list[int], distribution: bool) -> Scores:
-        context = self._open_context(len(ids), BATCH, 1)
+    def _score(self, ids: list[int], distribution: bool, top: int) -> Scores:
+        context = self._open_context(len(ids), sequences=1, outputs=BATCH)
         try:
+            best: list[tuple[tuple[int, float], ...]] = []
             logprobs = np.empty(len(ids) - 1, np.float32)
             rows = np.empty((len(ids) - 1, self.info.vocabulary), np.float32) if distribution else None
             for at in range(0, len(ids) - 1, context.batch):
@@ -144,9 +172,10 @@ class LlamaCppModel(Model):
                 logprobs[at : at + count] = logp[np.arange(count), ids[at + 1 : at + 1 + count]]
                 if rows is not None:
                     rows[at : at + count] = logp
+                best += [_likeliest(row, top) for row in logp] if top else []
         finally:
             context.close()
-        return Scores(tuple(ids), logprobs, rows)
+        return Scores(tuple(ids), logprobs, rows, tuple(best))
 
     def embed(self, texts: Sequence[str], *, pooling: str = "") -> FloatArray:
         ids = [self.tokenize(text, bos=True) for text in texts]
@@ -162,8 +191,7 @@ class LlamaCppModel(Model):
         return [float(x) for x in self._scheduler.call(lambda: self._embed(pairs, "rank"))[:, 0]]
 
     def _embed(self, ids: list[list[int]], pooling: str) -> FloatArray:
-        flash = self._options.flash_attention
-        return embed(self._native, ids, pooling=pooling, threads=self._threads, flash_attention=flash)
+        return embed(self._native, ids, pooling=pooling, threads=self._threads, flash_attention=self._flash)
 
     def tokenize(self, text: str, *, bos: bool = False, special: bool = False) -> list[int]:
         self._check_open()
@@ -175,6 +203,9 @@ class LlamaCppModel(Model):
 
     def metrics(self) -> dict[str, float]:
         return self._scheduler.gauges()
+
+    def progress(self) -> int:
+        return NativeContext.decoded  # also those of scores and embeddings
 
     def close(self) -> None:
         if not self._closed:
@@ -203,6 +234,19 @@ class LlamaCppModel(Model):
         key = (artifact.digest or artifact.name).removeprefix("sha256:")[:24]
         return PromptCache(Path(self._options.prompt_cache) / f"{key}-{self._options.kv_type}")
 
+    def _load_vision(self) -> Vision | None:
+        if not self._options.projector:
+            return None
+        from alight_targets.llama_cpp.vision import Vision  # loads another library
+
+        return Vision(
+            Path(self._options.projector),
+            self._native,
+            batch=BATCH,
+            threads=self._threads,
+            flash_attention=self._flash,
+        )
+
     def _chosen_adapters(self, sampling: Sampling) -> Adapters:
         for name, _ in sampling.adapters:
             if name not in self._adapters:
@@ -210,20 +254,53 @@ class LlamaCppModel(Model):
                 raise BadInput(f"no adapter {name!r} is loaded", hint=f"Loaded: {known}.")
         return tuple((self._adapters[name], scale) for name, scale in sampling.adapters)
 
-    def _open_context(self, context: int, outputs: int, sequences: int) -> NativeContext:
+    @property
+    def _flash(self) -> bool:
+        """On x86-64, flash attention reads long prompts quicker but decodes slower: 24 against 62 tokens/s for
+        SmolLM2-135M at 2,048 tokens. Quantized values need it, and on Arm the choice is not measured yet."""
+        chosen = self._options.flash_attention
+        if chosen is None:
+            return platform.machine() not in _X86 or self._options.kv_type != "f16"
+        return chosen
+
+    def _open_cache(self, context: int, outputs: int, artifact: Artifact) -> Cache:
+        sequences = self._options.slots + KEPT
+        self._cache = Cache(
+            lambda count, unified: self._open_context(
+                context, sequences=count, outputs=outputs, unified=unified
+            ),
+            Layouts(
+                cells=-(-context // PAGE) * PAGE,
+                sequences=sequences,
+                fixed=self._native.recurrent or self._vision is not None,
+            ),
+            shares=not self._native.recurrent,
+            limit=context,
+            prompts=self._prompt_cache(artifact),
+        )
+        return self._cache
+
+    def _open_context(
+        self, context: int, *, sequences: int, outputs: int, unified: bool = True
+    ) -> NativeContext:
         return NativeContext(
             self._native,
             context=context,
             batch=BATCH,
+            # Without flash attention the scores of all tokens with all cells need memory; prompts are read as
+            # quickly in smaller pieces.
+            # (But the tokens of an image may see each other; llama.cpp aborts if it is cut.)
+            ubatch=BATCH if self._flash or self._vision else BATCH // 4,
             outputs=outputs,
             threads=self._threads,
             sequences=sequences,
+            unified=unified,
             kv_type=self._options.kv_type,
-            flash_attention=self._options.flash_attention,
+            flash_attention=self._flash,
         )
 
     def _free(self) -> None:
-        for part in (self._draft, self._context, self._native):
+        for part in (self._draft, self._cache, self._vision, self._native):
             if part:
                 part.close()
 
@@ -237,6 +314,11 @@ class LlamaCppModel(Model):
         if bad is not None:
             raise BadInput(f"token {bad} is outside the vocabulary of {self.info.vocabulary}")
         return ids
+
+
+def _likeliest(logp: FloatArray, count: int) -> tuple[tuple[int, float], ...]:
+    found = np.argpartition(logp, -count)[-count:]
+    return tuple((int(t), float(logp[t])) for t in found[np.argsort(-logp[found], kind="stable")])
 
 
 def _log_softmax(logits: FloatArray) -> FloatArray:

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import ClassVar
 
 import llama_cpp as C
 import numpy as np
@@ -36,7 +37,7 @@ _complaints: deque[str] = deque(maxlen=4)  # llama.cpp tells what went wrong by 
 
 
 @C.llama_log_callback  # type: ignore[untyped-decorator]
-def _on_log(level: int, text: bytes, _: ctypes.c_void_p) -> None:
+def on_log(level: int, text: bytes, _: ctypes.c_void_p) -> None:
     if level == _ERROR:
         _complaints.append(text.decode(errors="replace").strip())
     if log.isEnabledFor(logging.DEBUG):
@@ -47,7 +48,7 @@ def _on_log(level: int, text: bytes, _: ctypes.c_void_p) -> None:
 def start() -> None:
     """Initialise llama.cpp once in this process."""
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # an abort should end the process, not start a debugger
-    C.llama_log_set(_on_log, ctypes.c_void_p(0))
+    C.llama_log_set(on_log, ctypes.c_void_p(0))
     C.llama_backend_init()
 
 
@@ -186,6 +187,8 @@ class NativeContext:
         batch: tokens at most in one `decode`.
         outputs: rows of logits at most in one `decode`: the output buffer is this times the vocabulary.
         sequences: how many there can be; their numbers are 0 to sequences - 1.
+        unified: whether they share all cells; if not, each has an equal part of them.
+        ubatch: tokens at most that are computed at once; sets the size of the compute buffers.
         pooling: "none", "mean", "cls", "last" or "rank" for embeddings instead of logits; "" for logits.
     """
 
@@ -201,12 +204,15 @@ class NativeContext:
         kv_type: str = "f16",
         flash_attention: bool = True,
         pooling: str = "",
+        unified: bool = True,
+        ubatch: int = 0,
     ) -> None:
         params = C.llama_context_default_params()
         params.n_ctx = context
-        params.n_batch = params.n_ubatch = min(batch, context)
+        params.n_batch = min(batch, context)
+        params.n_ubatch = min(ubatch or batch, context)
         params.n_seq_max = sequences
-        params.kv_unified = True
+        params.kv_unified = unified
         params.n_outputs_max = min(
             max(outputs, sequences), params.n_batch
         )  # llama.cpp wants one per sequence
@@ -246,6 +252,8 @@ class NativeContext:
             logits=self._wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
         )
 
+    decoded: ClassVar[int] = 0  # batches, by all contexts of this process
+
     def decode(
         self,
         tokens: Sequence[int],
@@ -264,6 +272,7 @@ class NativeContext:
         self._wanted[:count] = wanted
         self._batch.n_tokens = count
         code = int(C.llama_decode(self.pointer, self._batch))
+        NativeContext.decoded += 1
         if code not in (0, 1):
             raise EngineError(f"llama.cpp failed to decode {count} tokens (code {code}): {complaint()}")
         return code == 0
@@ -306,19 +315,25 @@ class NativeContext:
                 raise EngineError(f"llama.cpp cannot apply the adapters: {complaint()}")
             self._adapters = adapters
 
-    def save(self, sequence: int, tokens: Sequence[int], path: Path) -> bool:
-        """Write a sequence's keys and values, and its tokens, to a file."""
-        ids = (C.llama_token * len(tokens))(*tokens)
-        return bool(C.llama_state_seq_save_file(self.pointer, str(path).encode(), sequence, ids, len(tokens)))
+    def state_size(self, sequence: int) -> int:
+        """Bytes of a sequence's keys and values."""
+        return int(C.llama_state_seq_get_size(self.pointer, sequence))
 
-    def restore(self, sequence: int, path: Path) -> list[int]:
-        """Read a sequence back; returns its tokens, none if the file does not fit this model or context."""
-        ids = (C.llama_token * self.context)()
-        count = ctypes.c_size_t(0)
-        done = C.llama_state_seq_load_file(
-            self.pointer, str(path).encode(), sequence, ids, self.context, ctypes.byref(count)
-        )
-        return list(ids[: count.value]) if done else []
+    def state(self, sequence: int) -> bytes:
+        """A copy of a sequence's keys and values; fits contexts of the same model, KV type and layout."""
+        buffer = np.empty(self.state_size(sequence), np.uint8)
+        pointer = buffer.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        size = int(C.llama_state_seq_get_data(self.pointer, pointer, len(buffer), sequence))
+        return buffer[:size].tobytes()
+
+    def set_state(self, sequence: int, state: bytes) -> bool:
+        """Put keys and values into a sequence. False, with the sequence empty, where they do not fit."""
+        data = np.frombuffer(state, np.uint8)
+        pointer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        if int(C.llama_state_seq_set_data(self.pointer, pointer, len(data), sequence)):
+            return True
+        self.forget(sequence)
+        return False
 
     def close(self) -> None:
         if self.pointer:

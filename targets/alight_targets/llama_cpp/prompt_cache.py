@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from alight_targets.llama_cpp.native import NativeContext
 from alight_targets.llama_cpp.prefix import PrefixIndex
 
 log = logging.getLogger("alight.llama_cpp")
@@ -18,7 +17,7 @@ _MOST = 16  # prompts kept per model
 
 
 class PromptCache:
-    """A folder of saved sequences: NAME.kv has the state, NAME.npy its tokens.
+    """A folder of saved sequences: NAME.kv has the state (of a unified cache), NAME.npy its tokens.
 
     Args:
         folder: one per model and KV type: the state of one does not fit another.
@@ -39,34 +38,38 @@ class PromptCache:
             self._index.insert(len(self._files), tokens)
             self._files.append(file)
 
-    def longest(self, tokens: list[int]) -> int:
-        """How many of these tokens a saved prompt begins with."""
-        return self._index.longest(tokens)[1]
+    def has(self, tokens: list[int]) -> bool:
+        """Is there a saved prompt that begins with all of these tokens?"""
+        return self._index.longest(tokens)[1] == len(tokens)
 
-    def restore(self, context: NativeContext, sequence: int, tokens: list[int]) -> int:
-        """Load the best saved prompt into a sequence; returns how many of `tokens` it holds now."""
+    def restore(self, tokens: list[int]) -> tuple[int, bytes]:
+        """How many of these tokens the best saved prompt begins with, and its state; (0, b"") without one."""
         owner, length = self._index.longest(tokens)
-        if length < SHORTEST:
-            return 0
-        held = context.restore(sequence, self._files[owner].with_suffix(".kv"))
-        if held[:length] != tokens[:length]:
-            context.forget(sequence)
-            return 0
-        context.forget(sequence, length)
-        return length
+        try:
+            return (
+                (length, self._files[owner].with_suffix(".kv").read_bytes())
+                if length >= SHORTEST
+                else (0, b"")
+            )
+        except OSError as error:
+            log.warning("a saved prompt cannot be read: %s", error)
+            self._index.remove(owner)
+            return 0, b""
 
-    def save(self, context: NativeContext, sequence: int, tokens: list[int]) -> None:
-        """Keep a sequence that holds exactly `tokens`. The newest ones are kept."""
-        if len(tokens) < SHORTEST or self.longest(tokens) == len(tokens):
+    def save(self, state: bytes, tokens: list[int]) -> None:
+        """Keep the state of a sequence that holds exactly `tokens`. The newest ones are kept."""
+        if len(tokens) < SHORTEST or not state:
             return
         name = hashlib.sha256(np.array(tokens, np.int32).tobytes()).hexdigest()[:24]
         file, partial = self._folder / f"{name}.npy", self._folder / f"{name}.part"
-        if not context.save(sequence, tokens, partial):
-            log.warning("a prompt could not be saved to %s", self._folder)
+        try:
+            partial.write_bytes(state)
+            partial.rename(file.with_suffix(".kv"))
+            np.save(file, np.array(tokens, np.int32), allow_pickle=False)  # last: it makes the prompt visible
+        except OSError as error:
+            log.warning("a prompt could not be saved to %s: %s", self._folder, error)
             partial.unlink(missing_ok=True)
             return
-        partial.rename(file.with_suffix(".kv"))
-        np.save(file, np.array(tokens, np.int32), allow_pickle=False)  # last: it makes the prompt visible
         self._index.insert(len(self._files), tokens)
         self._files.append(file)
         live = [f for f in self._files if f.exists()]

@@ -5,10 +5,14 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from queue import SimpleQueue
+from typing import TYPE_CHECKING
 
 from alight.target import Chunk, FinishReason, Sampling, TokenLogprob, Usage
 from alight.text import TextStream
 from alight_targets.llama_cpp.sampler import Sampler
+
+if TYPE_CHECKING:
+    from alight_targets.llama_cpp.vision import Image
 
 Adapters = tuple[tuple[int, float], ...]  # LoRA adapters in use: (pointer, scale)
 
@@ -18,7 +22,8 @@ class Request:
     """What the scheduler knows of a request.
 
     `tokens` is the prompt and all that was generated; `kv` says how many of them are in the KV cache. A
-    request that was preempted has `kv` zero again and simply reads its tokens once more.
+    request that was preempted has `kv` zero again and simply reads its tokens once more. `images` are in
+    `tokens`, too, by negative ids.
     """
 
     tokens: list[int]
@@ -29,6 +34,7 @@ class Request:
     adapters: Adapters = ()
     shift: bool = False  # go on when the context is full, without its oldest part
     shown_special: frozenset[int] = frozenset()  # control tokens whose text is shown
+    images: list[Image] = field(default_factory=list)  # in their order
     out: SimpleQueue[Chunk | Exception] = field(default_factory=SimpleQueue)
     cancelled: bool = False
     prompt: int = 0  # tokens of the prompt
@@ -49,6 +55,26 @@ class Request:
     def decoding(self) -> bool:
         """Is only its last token missing in the KV cache?"""
         return self.kv == len(self.tokens) - 1 and self.made > 0
+
+    def position(self, index: int) -> int:
+        """The position in the KV cache of the token at `index`, which is not inside of an image."""
+        if not self.images:
+            return index
+        return index - sum(len(i.ids) - i.positions for i in self.images if i.end <= index)
+
+    def next_image(self) -> Image | None:
+        """The first image that is not read."""
+        return next((image for image in self.images if image.end > self.kv), None)
+
+    def next_text(self, room: int) -> list[int]:
+        """The next tokens to read, `room` at most; none where an image is next."""
+        image = self.next_image() if self.images else None
+        end = self.kv + room if image is None else min(self.kv + room, image.start)
+        return self.tokens[self.kv : end]
+
+    def without_half_image(self, length: int) -> int:
+        """`length` tokens, or fewer if those would end inside of an image."""
+        return next((image.start for image in self.images if image.start < length < image.end), length)
 
     def say(self, text: str, token: int, logprob: TokenLogprob | None) -> None:
         self.out.put(Chunk(text, (token,), logprobs=(logprob,) if logprob else ()))

@@ -17,12 +17,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Protocol, TypeVar
 
-from alight.errors import EngineError
+from alight.errors import AlightError, EngineError
 from alight.target import FinishReason
-from alight_targets.llama_cpp.native import NativeContext, NativeModel
-from alight_targets.llama_cpp.prefix import PrefixIndex
-from alight_targets.llama_cpp.prompt_cache import SHORTEST, PromptCache
-from alight_targets.llama_cpp.request import Adapters, Request
+from alight_targets.llama_cpp.cache import Cache
+from alight_targets.llama_cpp.native import NativeModel
+from alight_targets.llama_cpp.request import Request
 
 log = logging.getLogger("alight.llama_cpp")
 
@@ -43,45 +42,44 @@ class Scheduler:
     """Runs requests on one context, in a thread of its own.
 
     Args:
+        open_cache: makes the KV cache; called on the engine's thread, where all of llama.cpp runs: OpenMP keeps
+            a team of threads for each thread that computes, and slows down when there are several.
         limit: tokens of one conversation at most.
         slots: requests decoded at once; more wait.
-        sequences: numbers of sequences that the context has; those that no request uses keep old prefixes.
-        drafter: guesses tokens ahead. prompts: keeps shared prompts on disk.
+        drafter: guesses tokens ahead.
     """
 
     def __init__(
         self,
         model: NativeModel,
-        context: NativeContext,
+        open_cache: Callable[[], Cache],
         *,
         limit: int,
         slots: int,
-        sequences: int,
         drafter: Drafter | None = None,
-        prompts: PromptCache | None = None,
     ) -> None:
         self._model = model
-        self._context = context
         self._limit = limit
         self._slots = slots
         self._drafter = drafter
-        self._prompts = prompts
-        self._shares = not model.recurrent  # recurrent states cannot be cut or shared by position
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []  # oldest first
-        self._free = list(range(sequences))
-        self._cached: dict[int, Adapters] = {}  # finished sequences, least recently used first
-        self._indexes: dict[Adapters, PrefixIndex] = {}  # keys and values depend on the adapters, too
         self._turn = 0  # which set of adapters goes next
         self._jobs: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._closed = False
+        self._cells_used = 0
         self.counters: dict[str, float] = dict.fromkeys(
             ("steps", "decode_seconds", "step_seconds", "prompt_tokens", "cached_tokens", "generated_tokens",
-             "drafted_tokens", "accepted_tokens", "evictions", "preemptions"), 0,
+             "drafted_tokens", "accepted_tokens", "preemptions"), 0,
         )  # fmt: skip
         self._thread = threading.Thread(target=self._loop, name="alight-engine", daemon=True)
         self._thread.start()
+        try:
+            self._cache = self.call(open_cache)
+        except AlightError:
+            self.close()
+            raise
 
     # -- called from any thread ------------------------------------------------------------------
 
@@ -117,7 +115,14 @@ class Scheduler:
         self._thread.join()
 
     def gauges(self) -> dict[str, float]:
-        return {**self.counters, "running": len(self._running), "waiting": len(self._waiting)}
+        counted = {**self.counters, "evictions": self._cache.evictions, "cache_moves": self._cache.moves}
+        return {
+            **{f"{name}_total": value for name, value in counted.items()},  # as Prometheus names counters
+            "running": len(self._running),
+            "waiting": len(self._waiting),
+            "kv_cells": self._cache.context.context,
+            "kv_cells_used": self._cells_used,
+        }
 
     # -- the engine's thread ---------------------------------------------------------------------
 
@@ -137,6 +142,7 @@ class Scheduler:
                 except Exception as error:
                     log.exception("the engine failed; its requests are given up")
                     self._give_up(error)
+                self._cells_used = self._cache.used(self._running)
                 self.counters["steps"] += 1
                 self.counters["step_seconds"] += time.perf_counter() - started
         self._give_up(EngineError("the model was closed", hint="Load it again."))
@@ -149,6 +155,7 @@ class Scheduler:
         group = self._next_group()
         if self._drafter:
             self._drafter.propose([r for r in group if r.decoding])
+        self._cache.let_grow(self._running)
         while not self._decode(group):
             self._make_room()
             group = [r for r in group if r.sequence >= 0]
@@ -163,18 +170,21 @@ class Scheduler:
             request.sampler.close()
 
     def _admit(self) -> None:
+        free = self._slots - len(self._running)
+        if not self._waiting or free <= 0:
+            return
+        self._cache.make_way(self._running, list(self._waiting)[:free])
         for request in list(self._waiting):
             if len(self._running) >= self._slots:
-                return
+                break
             if not self._is_being_read(request):
                 self._waiting.remove(request)
                 self._start(request)
+        self._cache.close_ranks(self._running)
 
     def _is_being_read(self, request: Request) -> bool:
         """Is another request just reading the same beginning? Then it is cheaper to wait for it."""
-        if not self._shares:
-            return False
-        have = self._index(request.adapters).longest(request.tokens)[1] + WORTH_WAITING_FOR
+        have = self._cache.known(request.tokens, request.adapters) + WORTH_WAITING_FOR
         return any(
             not r.made and r.adapters == request.adapters and _common(r.tokens, request.tokens) > have
             for r in self._running
@@ -182,35 +192,12 @@ class Scheduler:
         )
 
     def _start(self, request: Request) -> None:
-        """Give a request a sequence, beginning with what the cache has of its tokens."""
-        index = self._index(request.adapters)
-        owner, length = index.longest(request.tokens[:-1]) if self._shares else (-1, 0)
-        if owner in self._cached:
-            self._cached[owner] = self._cached.pop(owner)  # now the most recently used
-        if not self._free:
-            self._evict(keep=owner)
-        request.sequence = self._free.pop()
-        if length:
-            self._context.share(owner, request.sequence, length)
-        if self._prompts and not request.adapters:
-            length = self._use_disk(self._prompts, request, length)
-        if length:
-            index.insert(request.sequence, request.tokens[:length])
-        request.kv = length
+        request.kv = self._cache.begin(request, alone=not self._running)
         if not request.made:
-            request.cached = length
-            self.counters["cached_tokens"] += length
+            request.cached = request.kv
+            self.counters["cached_tokens"] += request.kv
             self.counters["prompt_tokens"] += request.prompt
         self._running.append(request)
-
-    def _use_disk(self, prompts: PromptCache, request: Request, length: int) -> int:
-        """Save a beginning that two requests share; take a longer one that an earlier process saved."""
-        if length >= SHORTEST:
-            prompts.save(self._context, request.sequence, request.tokens[:length])
-        elif prompts.longest(request.tokens[:-1]) >= SHORTEST:
-            self._context.forget(request.sequence)
-            length = prompts.restore(self._context, request.sequence, request.tokens[:-1])
-        return length
 
     def _next_group(self) -> list[Request]:
         """The running requests of one set of adapters: one decode can apply only one set."""
@@ -220,10 +207,13 @@ class Scheduler:
 
     def _decode(self, group: list[Request]) -> bool:
         """Build one batch, run it, and deliver. False when the KV cache has no room for it."""
+        if not self._read_image(group):
+            return False
         if not group:
             return True
-        decoding = [r for r in group if r.decoding]
-        reading = [r for r in group if not r.decoding]
+        in_order = sorted(group, key=lambda r: r.sequence)  # neighbours run together
+        decoding = [r for r in in_order if r.decoding]
+        reading = [r for r in group if not r.decoding]  # oldest first
         tokens: list[int] = []
         positions: list[int] = []
         sequences: list[int] = []
@@ -234,39 +224,66 @@ class Scheduler:
 
         def put(request: Request, part: list[int], outputs: bool) -> None:
             tokens.extend(part)
-            positions.extend(range(request.kv, request.kv + len(part)))
+            at = request.position(request.kv)
+            positions.extend(range(at, at + len(part)))
             sequences.extend([request.sequence] * len(part))
             wanted.extend([outputs] * len(part))
 
         for request in decoding:
             ready.append((request, len(tokens)))
             put(request, [request.tokens[-1], *request.draft], outputs=True)
-        room = self._context.batch - len(tokens)
-        if decoding:
+        room = self._cache.context.batch - len(tokens)
+        if len(decoding) >= len(reading):
             room = min(room, CHUNK_AMONG_OTHERS)
         read: list[tuple[Request, int]] = []
         for request in reading:
             if room <= 0:
                 break
-            part = request.tokens[request.kv : request.kv + room]
+            part = request.next_text(room)
+            if not part:  # its next image is read in another step
+                continue
             put(request, part, outputs=False)
             room -= len(part)
             read.append((request, len(part)))
             if request.kv + len(part) == len(request.tokens):
                 wanted[-1] = True
                 ready.append((request, len(tokens) - 1))
-        self._context.use_adapters(group[0].adapters)
+        if not tokens:
+            return True
+        self._cache.context.use_adapters(group[0].adapters)
         started = time.perf_counter()
-        done = self._context.decode(tokens, positions, sequences, wanted)
+        done = self._cache.context.decode(tokens, positions, sequences, wanted)
         self.counters["decode_seconds"] += time.perf_counter() - started
         if not done:
             return False
         for request, count in read:
             request.kv += count
-            self._index(request.adapters).insert(request.sequence, request.tokens[: request.kv])
+            self._cache.note(request)
             request.show_life()
         for request, row in ready:
             self._choose(request, row)
+        return True
+
+    def _read_image(self, group: list[Request]) -> bool:
+        """Let the first request that has come to an image read it, in a decode of its own: the others would
+        wait too long for several. False when the KV cache has no room for it."""
+        for request in group:
+            image = request.next_image() if request.images else None
+            if image is None or image.start != request.kv:
+                continue
+            self._cache.context.use_adapters(request.adapters)
+            try:
+                if not image.decode(self._cache.context, request.sequence, request.position(image.start)):
+                    return False
+            except AlightError as error:  # only this request's trouble
+                request.out.put(error)
+                self._finish(request)
+                group.remove(request)
+                return True
+            request.kv = image.end
+            self._cache.note(request)
+            request.show_life()
+            return True
         return True
 
     def _choose(self, request: Request, row: int) -> None:
@@ -278,7 +295,7 @@ class Scheduler:
             request.kv += 1 + len(draft)
         request.drafted += len(draft)
         for guess in [*draft, None]:
-            token = request.sampler.sample(self._context, row)
+            token = request.sampler.sample(self._cache.context, row)
             row += 1
             request.tokens.append(token)
             request.made += 1
@@ -300,7 +317,7 @@ class Scheduler:
             self.counters["drafted_tokens"] += drafted
             self.counters["accepted_tokens"] += drafted - (request.kv - valid)
         if request.kv > valid:
-            self._context.forget(request.sequence, valid)
+            self._cache.context.forget(request.sequence, request.position(valid))
             request.kv = valid
 
     def _deliver(self, request: Request, token: int, row: int) -> FinishReason | None:
@@ -308,7 +325,7 @@ class Scheduler:
         if self._model.is_end(token):
             return "stop"
         wants = request.sampling.logprobs is not None
-        logprob = request.sampler.logprob(self._context, row, token) if wants else None
+        logprob = request.sampler.logprob(self._cache.context, row, token) if wants else None
         shown = token in request.shown_special
         text = request.stream.feed(self._model.piece(token, special=shown))
         request.say(text, token, logprob)
@@ -329,9 +346,7 @@ class Scheduler:
         """
         keep = min(request.prompt, 4)
         request.tokens = request.tokens[:keep] + request.tokens[-(self._limit // 2) :]
-        self._index(request.adapters).remove(request.sequence)
-        self._context.forget(request.sequence)
-        request.kv = 0
+        self._cache.restart(request)
 
     def _finish(self, request: Request) -> None:
         """Take a request out; what it leaves in the KV cache may serve others."""
@@ -339,57 +354,35 @@ class Scheduler:
         request.sampler.close()
         if self._drafter:
             self._drafter.forget(request)
-        held = min(request.kv, len(request.tokens))
-        if request.kv > held:
-            self._context.forget(request.sequence, held)
-        if held and self._shares:
-            self._index(request.adapters).insert(request.sequence, request.tokens[:held])
-            self._cached[request.sequence] = request.adapters
-        else:
-            self._release(request.sequence, request.adapters)
+        self._cache.keep(request)
 
     # -- room in the KV cache --------------------------------------------------------------------
 
     def _make_room(self) -> None:
-        if self._cached:
-            self._evict()
-        elif len(self._running) > 1:
-            self._preempt(self._running[-1])
-        else:
+        if self._cache.make_room():
+            return
+        if len(self._running) == 1:
             raise EngineError(
                 "the KV cache has no room for a single request", hint="Load it with a larger context."
             )
-
-    def _evict(self, keep: int = -1) -> None:
-        """Forget the finished sequence that was used longest ago."""
-        oldest = next((s for s in self._cached if s != keep), keep)
-        self._release(oldest, self._cached.pop(oldest))
-        self.counters["evictions"] += 1
+        self._preempt(self._running[-1])
 
     def _preempt(self, request: Request) -> None:
         """Send a running request back to wait: it reads all its tokens again when there is room."""
         self._running.remove(request)
-        self._release(request.sequence, request.adapters)
+        self._cache.release(request)
         if self._drafter:
             self._drafter.forget(request)
         request.sequence, request.kv, request.draft = -1, 0, []
         self._waiting.appendleft(request)
         self.counters["preemptions"] += 1
 
-    def _release(self, sequence: int, adapters: Adapters) -> None:
-        self._index(adapters).remove(sequence)
-        self._context.forget(sequence)
-        self._free.append(sequence)
-
-    def _index(self, adapters: Adapters) -> PrefixIndex:
-        return self._indexes.setdefault(adapters, PrefixIndex())
-
     def _give_up(self, error: Exception) -> None:
         for request in [*self._running, *self._waiting]:
             request.out.put(error)
             request.sampler.close()
             if request.sequence >= 0:
-                self._release(request.sequence, request.adapters)
+                self._cache.release(request)
         self._running.clear()
         self._waiting.clear()
 

@@ -7,6 +7,7 @@ lookup: Saxena 2023; draft models: Leviathan et al., https://arxiv.org/abs/2211.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 
 from alight.errors import BadInput
@@ -26,7 +27,8 @@ class PromptLookup:
     def propose(self, requests: Sequence[Request]) -> None:
         for request in requests:
             left = request.limit - request.made - 1
-            request.draft = lookup(request.tokens, min(self._most, left)) if left > 0 else []
+            guess = lookup(request.tokens, min(self._most, left)) if left > 0 else []
+            request.draft = [*takewhile(lambda token: token >= 0, guess)]  # an image cannot be said
 
     def forget(self, request: Request) -> None:
         pass
@@ -65,7 +67,9 @@ class DraftModel:
         self._held: dict[Request, tuple[int, list[int]]] = {}  # sequence, and the tokens in its cache
 
     def propose(self, requests: Sequence[Request]) -> None:
-        drafting = [r for r in requests if r.limit - r.made > 1 and (r in self._held or self._free)]
+        # (The draft model sees no images.)
+        able = [r for r in requests if r.limit - r.made > 1 and not r.images]
+        drafting = [r for r in able if r in self._held or self._free]
         for request in drafting:
             if not self._read(request):
                 request.draft = []

@@ -1,0 +1,1 @@
+"""Write a checkpoint in the format of a runtime, one format per file."""
