@@ -146,6 +146,7 @@ def _raise_failed(tasks: list[asyncio.Task[Stream]]) -> None:
 SLOTS = 32  # of alight
 CELLS = 8192
 UNIFIED = ("--kv-unified",)
+PLAIN = ("-fa", "off")  # no flash attention
 
 
 def _small_batch(size: int) -> tuple[str, ...]:
@@ -155,7 +156,16 @@ def _small_batch(size: int) -> tuple[str, ...]:
 CASES = {
     case.name: case
     for case in (
-        Case("decode_1", "1 stream, decode", "tok/s", decode_1, 0.97, True, 3, {"1 slot": (1, CELLS, ())}),
+        Case(
+            "decode_1",
+            "1 stream, decode",
+            "tok/s",
+            decode_1,
+            0.97,
+            True,
+            3,
+            {"no flash attention": (1, CELLS, PLAIN), "flash attention": (1, CELLS, ())},
+        ),
         Case(
             "throughput_8",
             "8 streams, total",
@@ -164,7 +174,11 @@ CASES = {
             1.0,
             True,
             3,
-            {"split": (8, CELLS, ()), "unified": (8, CELLS, UNIFIED)},
+            {
+                "split": (8, CELLS, ()),
+                "split, no flash attention": (8, CELLS, PLAIN),
+                "unified": (8, CELLS, UNIFIED),
+            },
         ),
         Case(
             "throughput_32",
@@ -174,7 +188,7 @@ CASES = {
             1.0,
             True,
             2,
-            {"split": (32, CELLS, ()), "unified": (32, CELLS, UNIFIED)},
+            {"split": (32, CELLS, ()), "split, no flash attention": (32, CELLS, PLAIN)},
         ),
         Case(
             "ttft_shared_prefix",
@@ -185,8 +199,9 @@ CASES = {
             False,
             2,
             {
-                "one after the other": (1, CELLS, ()),  # so the cached prefix of the one before is used
-                "split": (8, 8 * 1280, ()),
+                # One after the other, so the cached prefix of the one before is used.
+                "1 slot, no flash attention": (1, CELLS, PLAIN),
+                "1 slot": (1, CELLS, ()),
                 "unified": (8, 8 * 1280, UNIFIED),
             },
         ),
@@ -200,10 +215,8 @@ CASES = {
             1,
             {
                 "unified, batch 128": (9, CELLS, (*UNIFIED, *_small_batch(128))),
-                "split": (9, 9 * 4352, ()),
-                "split, batch 512": (9, 9 * 4352, _small_batch(512)),
                 "split, batch 128": (9, 9 * 4352, _small_batch(128)),
-                "unified, batch 512": (9, CELLS, (*UNIFIED, *_small_batch(512))),
+                "split, batch 128, no flash attention": (9, 9 * 4352, (*PLAIN, *_small_batch(128))),
             },
         ),
     )

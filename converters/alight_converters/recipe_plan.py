@@ -34,9 +34,10 @@ def plan(recipe: Recipe, *, target: Device | None = None) -> RecipePlan:
             stages, after = _stages(recipe, weights.checkpoint)
             # Passes change the shape, and nobody knows how before they ran: until then it is the source's.
             shape = Weights(after, folder).shape if after else shape
-    found = [e.predict(shape, opened.device, recipe.context, recipe.streams) for e in recipe.export]
-    exports = tuple(p for p in found if p is not None)
-    return RecipePlan(recipe.name, opened.device, tuple(stages), exports)
+    found = [(e, e.predict(shape, opened.device, recipe.context, recipe.streams)) for e in recipe.export]
+    exports = tuple(prediction for _, prediction in found if prediction is not None)
+    unpredicted = tuple(export.label for export, prediction in found if prediction is None)
+    return RecipePlan(recipe.name, opened.device, tuple(stages), exports, unpredicted)
 
 
 def _stages(recipe: Recipe, source: Checkpoint) -> tuple[list[PlannedStage], Checkpoint | None]:

@@ -47,6 +47,7 @@ def run(
     """
     if folder is not None and folder.exists():
         raise BadInput(f"{folder} exists already", hint="Give a new folder.")
+    check_compute(recipe.device)
     opened = Opened.of(recipe, target, progress)
     with workspace(opened.artifact.size) as work, disk_full_is_ours(work):
         return _Run(recipe, opened, work, progress or silent).result(folder)
@@ -64,10 +65,8 @@ class Opened:
     def of(cls, recipe: Recipe, target: Device | None, progress: BuildProgress | None = None) -> Opened:
         """
         Raises:
-            BadInput: passes are to compute on CUDA, and there is none; two exports of the same name; a file that
-                a pass reads does not exist.
+            BadInput: two exports of the same name; a file that a pass reads does not exist.
         """
-        check_compute(recipe.device)
         check_files(recipe)
         _ = names_of(recipe)
         artifact = loose_folder(Path(recipe.source)) or api.resolve(recipe.source, progress=progress)

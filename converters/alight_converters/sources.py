@@ -31,8 +31,8 @@ def open_source(path: Path, work: Path) -> Checkpoint:
     if not path.exists():
         raise BadInput(f"{path} does not exist", hint="Give a checkpoint folder or a .gguf file.")
     if path.is_file():
-        if path.suffix != ".gguf":
-            raise BadInput(f"{path} is not a .gguf file", hint="Give a checkpoint folder or a .gguf file.")
+        if not _is_gguf(path):  # by its content: in the store, a file's name is its digest
+            raise BadInput(f"{path} is not a GGUF file", hint="Give a checkpoint folder or a .gguf file.")
         place = _place(work, path)
         return _kept(place) or read_gguf(path, place)
     if (path / lora.CONFIG).is_file():
@@ -45,6 +45,11 @@ def open_source(path: Path, work: Path) -> Checkpoint:
         return _kept(place) or _rewrite(checkpoint, dress, place)
     checkpoint.check_shapes()  # what contradicts itself is refused here, not hours later
     return checkpoint
+
+
+def _is_gguf(path: Path) -> bool:
+    with path.open("rb") as opened:
+        return opened.read(4) == b"GGUF"
 
 
 def _place(work: Path, path: Path, *others: Path) -> Path:

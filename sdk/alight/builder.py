@@ -112,12 +112,17 @@ class PlannedStage:
 
 @dataclass(frozen=True, slots=True)
 class RecipePlan:
-    """What a recipe would do: its stages in order, and what its exports would be on the device."""
+    """What a recipe would do: its stages in order, and what its exports would be on the device.
+
+    Attributes:
+        unpredicted: exports of which nothing is known before they are made.
+    """
 
     name: str
     device: Device
     stages: tuple[PlannedStage, ...]
     exports: tuple[Prediction, ...]
+    unpredicted: tuple[str, ...] = ()
 
 
 class RecipeRunner(ABC):

@@ -199,11 +199,15 @@ def _row(c: Candidate, here: bool) -> list[str]:
 
 
 def _print_recipe(plan: RecipePlan) -> None:
-    rows = table("STAGE", "TIME", "MEMORY", right=("TIME", "MEMORY"))
-    for stage in plan.stages:
-        rows.add_row(stage.name, _time(stage), human_bytes(stage.memory) if stage.memory else "")
-    console.print(rows)
-    _print_plan(list(plan.exports), plan.device)
+    if plan.stages:
+        rows = table("STAGE", "TIME", "MEMORY", right=("TIME", "MEMORY"))
+        for stage in plan.stages:
+            rows.add_row(stage.name, _time(stage), human_bytes(stage.memory) if stage.memory else "")
+        console.print(rows)
+    if plan.exports:
+        _print_plan(list(plan.exports), plan.device)
+    for export in plan.unpredicted:
+        console.print(Text(f"{export}: known when it is made"))
 
 
 def _time(stage: PlannedStage) -> str:
