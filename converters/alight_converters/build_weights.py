@@ -132,14 +132,16 @@ class Weights:
         )
 
 
-def imatrix_of(checkpoint: Checkpoint, calibration: Calibration, progress: Progress | None = None) -> Path:
+def imatrix_of(
+    checkpoint: Checkpoint, calibration: Calibration, progress: Progress | None = None, *, device: str = "cpu"
+) -> Path:
     """The importance matrix of a checkpoint, made once for each calibration."""
     file = cache() / "imatrix" / f"{key_of(weights=checkpoint.digest, rows=calibration.digest)}.gguf"
     if not file.exists():
         from alight_converters.passes import silent
         from alight_converters.quantize.imatrix import collect
 
-        collect(checkpoint, calibration, progress=progress or silent).save(file)
+        collect(checkpoint, calibration, device=device, progress=progress or silent).save(file)
     return file
 
 

@@ -126,7 +126,7 @@ class GGUF(Export):
         if not self.calibrated:
             return quantize(weights.gguf, target, self.type)
         checkpoint, calibration = weights.checkpoint, context.calibration()
-        imatrix = imatrix_of(checkpoint, calibration, context.progress)
+        imatrix = imatrix_of(checkpoint, calibration, context.progress, device=context.device)
         if self.max_bytes is None:
             return quantize(weights.gguf, target, self.type, imatrix=imatrix)
         types = self._types(checkpoint, calibration, imatrix, context)

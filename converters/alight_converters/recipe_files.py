@@ -8,6 +8,7 @@ from typing import Any
 from alight.builder import BuildResult, Progress, RecipePlan, RecipeRunner
 from alight.devices import Device
 from alight.errors import BadInput, MissingExtra
+from alight.store import normal_name
 from alight_converters.recipe import Mistake, Recipe, RecipeError, Where
 
 
@@ -34,7 +35,7 @@ class RecipeFiles(RecipeRunner):
 
 
 def _named(recipe: Recipe, name: str | None) -> Recipe:
-    return recipe.model_copy(update={"name": name}) if name else recipe
+    return recipe.model_copy(update={"name": normal_name(name)}) if name else recipe
 
 
 def read(file: Path) -> Recipe:

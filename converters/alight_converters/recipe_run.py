@@ -178,6 +178,7 @@ class _Run:
         if not self.recipe.passes:
             return None, self.source.digest, []
         source = self.source.checkpoint
+        source.check()  # what is not finite is told here, not as a loss that is not
         checkpoint, digest, stages = source, source.digest, []
         for number, pass_ in enumerate(self.recipe.passes):
             checkpoint, stage = run_stage(

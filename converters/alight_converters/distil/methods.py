@@ -86,6 +86,7 @@ class Logit(_Soft):
             setting.context.work / f"teacher-{setting.run}",
             setting.world,
             setting.context.progress,
+            shared=SplitModel(setting.student).weight.shape[0],
         )
         return Objective(setting.student, stored), batches
 

@@ -62,7 +62,7 @@ class StoredTeacher:
 
     Attributes:
         files: shards of `SHARD_ROWS` rows: `ids` and `log_probs`, both (rows, length - 1, k).
-        vocabulary: of the teacher.
+        vocabulary: tokens that the teacher chooses from.
     """
 
     files: Sequence[Path]
@@ -80,12 +80,17 @@ class StoredTeacher:
         world: World,
         progress: Progress,
         *,
+        shared: int,
         rows_at_once: int = 8,
     ) -> StoredTeacher:
-        """Run the teacher over all rows once. Shards that are in `folder` already are kept."""
-        vocabulary = model.weight.shape[0]
+        """Run the teacher over all rows once. Shards that are in `folder` already are kept.
+
+        Args:
+            shared: rows of the student's head; the teacher's may have more.
+        """
+        vocabulary = min(model.weight.shape[0], shared)  # beyond it, rows that only pad the vocabulary
         if not 1 <= k <= vocabulary:
-            raise BadInput(f"top_k is {k}, the teacher's vocabulary has {vocabulary} tokens")
+            raise BadInput(f"top_k is {k}, there are {vocabulary} tokens to choose from")
         narrow = torch.uint16 if vocabulary <= 1 << 16 else torch.int32
 
         @torch.no_grad()
@@ -94,7 +99,7 @@ class StoredTeacher:
             rows = data.take(torch.arange(shard * SHARD_ROWS, min((shard + 1) * SHARD_ROWS, len(data))))
             for part in rows.split(rows_at_once):
                 hidden = model.hidden(part.to(world.device).tokens)[:, :-1]
-                logits = model.finish(F.linear(hidden, model.weight))
+                logits = model.finish(F.linear(hidden, model.weight[:vocabulary]))
                 top = divergence.log_probs(logits).topk(k, dim=-1)
                 ids.append(top.indices.to(narrow))
                 log_probs.append(top.values)

@@ -141,6 +141,7 @@ def log_to_terminal(*, debug: bool) -> None:
 def progress(*, steps: bool = False) -> Iterator[Progress]:
     """Gives a callback `(what, done, total)` that draws a bar for each `what`: size, speed and time left.
 
+    What stands after ": " in `what` may change: it is told beside the same bar, such as the loss of a training.
     Where standard error is no terminal, it logs instead (level INFO). `steps` counts steps, not bytes.
     """
     if not err.is_terminal:
@@ -172,9 +173,11 @@ def progress(*, steps: bool = False) -> Iterator[Progress]:
     ) as bars:
 
         def report(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(escape(_middle(what, 24)), total=total or None)
-            bars.update(tasks[what], completed=done, total=total or None)
+            work, colon, figures = what.partition(": ")
+            label = escape(_middle(work, 24) + colon + figures)
+            if work not in tasks:
+                tasks[work] = bars.add_task(label, total=total or None)
+            bars.update(tasks[work], description=label, completed=done, total=total or None)
 
         yield report
 
@@ -187,8 +190,9 @@ class _Milestones:
 
     def __call__(self, what: str, done: int, total: int) -> None:
         quarter = 4 * done // total if total else 0
-        if quarter > self._reached.get(what, -1):
-            self._reached[what] = quarter
+        work = what.partition(": ")[0]
+        if quarter > self._reached.get(work, -1):
+            self._reached[work] = quarter
             log.info("%s: %d of %s", what, done, total or "?")
 
 
