@@ -6,9 +6,9 @@ Each phase is a command of its own, leaves what it made in a state folder, and g
     S="python benchmarks/compression_h100.py --state $STATE"
     $S join source.gguf PIECE…                        # where a file had to travel in pieces: call it for each
     $S prepare --source $STATE/source.gguf --text wikitext2-valid.txt --minutes 2
-    $S apply pruned --pass alight_converters.prune.width:Width --options '{"ratio": 0.75}'
-    $S distil pruned-distilled --student pruned --minutes 12
-    $S distil random-distilled --random '{"num_hidden_layers": 22}' --steps 1000
+    $S apply pruned --pass alight_converters.prune.width:PruneWidth --options '{"ratio": 0.75, "multiple": 32}'
+    $S distil pruned-distilled --student pruned --minutes 8
+    $S distil random-distilled --random '{"num_hidden_layers": 20}' --steps 1372
     $S qat qat-q4_0 --minutes 4
     $S measure source pruned pruned-distilled random-distilled qat-q4_0
     $S pack qat-q4_0 --out $OUT --first 0             # at most 60 MB in pieces of 15 MB; --first 4 has the next ones

@@ -24,7 +24,7 @@ from alight_converters.build_weights import Weights, imatrix_of
 from alight_converters.calibration import Calibration
 from alight_converters.checkpoint import Checkpoint
 from alight_converters.passes import Progress, silent
-from alight_converters.quantize.gguf import file_type, quantize
+from alight_converters.quantize.gguf import file_type, quantize, tensor_type
 
 Bytes = Annotated[int, BeforeValidator(lambda v: parse_bytes(v) if isinstance(v, str) else v), Field(gt=0)]
 
@@ -95,17 +95,22 @@ class GGUF(Export):
         type: llama.cpp's file type, such as Q4_K_M; or "mixed": the types that lose least within `max_bytes`.
         imatrix: weigh rounding errors by an importance matrix. "mixed" always does.
         max_bytes: of the file, for "mixed".
+        embedding: ggml type of embedding and head, such as Q8_0. After QAT it keeps llama.cpp from choosing another
+            than the one that they were trained for.
     """
 
     format: Literal["gguf"] = "gguf"
     type: Annotated[str, AfterValidator(_gguf_type)] = "Q4_K_M"
     imatrix: bool = False
     max_bytes: Bytes | None = None
+    embedding: Annotated[str, AfterValidator(tensor_type)] | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> GGUF:
         if (self.type == "mixed") != (self.max_bytes is not None):
             raise ValueError("type mixed and max_bytes belong together")
+        if self.embedding and self.type == "mixed":
+            raise ValueError("type mixed chooses the embedding's type itself")
         if self.imatrix and not takes_imatrix(self.type):
             raise ValueError(f"{self.type} has no use for an importance matrix")
         return self
@@ -123,12 +128,14 @@ class GGUF(Export):
     def run(self, context: ExportContext) -> Path:
         target = context.folder / f"{self.label}.gguf"
         weights = context.weights
+        ends = [t.name for t in weights.header.tensors if t.name in ("token_embd.weight", "output.weight")]
+        own = dict.fromkeys(ends, self.embedding) if self.embedding else {}
         if not self.calibrated:
-            return quantize(weights.gguf, target, self.type)
+            return quantize(weights.gguf, target, self.type, tensor_types=own)
         checkpoint, calibration = weights.checkpoint, context.calibration()
         imatrix = imatrix_of(checkpoint, calibration, context.progress, device=context.device)
         if self.max_bytes is None:
-            return quantize(weights.gguf, target, self.type, imatrix=imatrix)
+            return quantize(weights.gguf, target, self.type, imatrix=imatrix, tensor_types=own)
         types = self._types(checkpoint, calibration, imatrix, context)
         made = quantize(weights.gguf, target, "Q4_K_M", imatrix=imatrix, tensor_types=types)
         if made.stat().st_size > self.max_bytes:

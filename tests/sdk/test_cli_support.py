@@ -115,6 +115,14 @@ class Terminal:
         return bool(data)
 
 
+def _first_line(descriptor: int) -> str:
+    """Read no further: what a buffer would take along, `communicate` would never see."""
+    line = b""
+    while not line.endswith(b"\n") and (byte := os.read(descriptor, 1)):
+        line += byte
+    return line.decode()
+
+
 class Serving:
     """`alight serve` as a process, until the block ends. `url` is where it answers."""
 
@@ -127,7 +135,7 @@ class Serving:
             env=environment(**extra),
         )
         assert self.process.stdout and self.process.stderr
-        line = self.process.stdout.readline()
+        line = _first_line(self.process.stdout.fileno())
         assert "http://" in line, self.process.stderr.read()
         self.url = "http://" + line.split("http://")[1].split()[0]
 

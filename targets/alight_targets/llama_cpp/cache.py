@@ -74,7 +74,9 @@ class Cache:
         """Take the layout that suits them all. Sequences may get other numbers."""
         wants = [self._want(r) for r in (*running, *arriving)]
         best = self._layouts.best(wants)
-        if not self._layouts.suits(self.streams, wants) or self.streams == UNIFIED:
+        # Leaving the unified cache moves everything, so there should be room for a newcomer afterwards.
+        roomier = self.streams == UNIFIED and (not running or best > len(wants))
+        if roomier or not self._layouts.suits(self.streams, wants):
             self._change(best, running)
 
     def let_grow(self, running: Sequence[Request]) -> None:
@@ -112,13 +114,12 @@ class Cache:
             return
         log.debug("KV cache: from %d streams to %d for %d requests", self.streams, streams, len(running))
         old = self.streams
-        states = {r: self.context.state(r.sequence) for r in running if r.kv}
-        for sequence in self._kept:
+        states = self._states(running)
+        for sequence in list(self._kept):
             self._park(sequence)
         for adapters, index in self._indexes.items():
             for sequence in [r.sequence for r in running if r.adapters == adapters]:
                 index.remove(sequence)
-        self._kept.clear()
         self.context.close()
         try:
             self._open(streams)
@@ -128,11 +129,21 @@ class Cache:
         self.moves += 1
         for request in running:
             request.sequence = self._free.pop(0)
-            if request.kv and self._restore(request.sequence, states.pop(request), old):
+            if request in states and self._restore(request.sequence, states.pop(request), old):
                 self.note(request)
             else:  # reads its tokens again
                 self.context.forget(request.sequence)
                 request.kv, request.draft = 0, []
+
+    def _states(self, running: Sequence[Request]) -> dict[Request, bytes]:
+        """Copies of the running sequences, as many as there is memory for; the others are read again."""
+        room = devices.available_memory() // 2
+        states = {}
+        for request in running:
+            room -= self.context.state_size(request.sequence)
+            if request.kv and room > 0:
+                states[request] = self.context.state(request.sequence)
+        return states
 
     def _exchange(self, request: Request, target: int) -> None:
         """Move a running sequence to another number; what is kept there comes to its old one."""
@@ -165,7 +176,8 @@ class Cache:
 
     def known(self, tokens: list[int], adapters: Adapters) -> int:
         """How many of these tokens some sequence begins with."""
-        return self._index(adapters).longest(tokens)[1] if self._shares else 0
+        index = self._indexes.get(adapters)
+        return index.longest(tokens)[1] if index and self._shares else 0
 
     def begin(self, request: Request, *, alone: bool) -> int:
         """Give a request a sequence; returns how many of its tokens are in it already.
@@ -184,8 +196,12 @@ class Cache:
             request.sequence = owner
             self.context.forget(owner, request.position(length))
         else:
+            parked = self._parked.pop(owner, None)  # so that none that is parked now takes its place
             request.sequence = self._vacant(keep=owner)
-            length = self._copy(owner, request, length) if length else 0
+            if parked:
+                length = self._unpark(owner, parked, request, length)
+            elif length:
+                length = self._copy(owner, request, length)
         if self._prompts and not request.adapters and not request.images:
             length = self._use_disk(self._prompts, request, length)
         index.remove(request.sequence)
@@ -213,7 +229,12 @@ class Cache:
 
     def release(self, request: Request) -> None:
         """The request leaves nothing."""
-        self._drop(request.sequence, request.adapters)
+        index = self._index(request.adapters)
+        index.remove(request.sequence)
+        if not index:
+            del self._indexes[request.adapters]  # clients choose adapters and scales as they like
+        self.context.forget(request.sequence)
+        self._free.append(request.sequence)
 
     def restart(self, request: Request) -> None:
         """The request reads its tokens from the first one again."""
@@ -233,6 +254,14 @@ class Cache:
         kept = sum(len(self._index(a).tokens(s)) for s, a in self._kept.items())
         return min(kept + sum(r.kv for r in running), self._layouts.cells)
 
+    def reset(self) -> None:
+        """Begin anew with nothing in the cache. Raises EngineError where there is no context, and none can be made."""
+        self._kept.clear()
+        self._parked.clear()
+        self._indexes.clear()
+        self.context.close()
+        self._open(self.streams)
+
     def close(self) -> None:
         self.context.close()
 
@@ -244,22 +273,24 @@ class Cache:
 
     def _copy(self, owner: int, request: Request, length: int) -> int:
         """Begin a request's sequence with the first tokens of another; returns how many."""
-        if owner not in self._parked and self.streams == UNIFIED:
+        if self.streams == UNIFIED:
             self.context.share(owner, request.sequence, request.position(length))
             return length
         if length < WORTH_MOVING:
             return 0
-        if owner not in self._parked:
-            done = self.context.set_state(request.sequence, self.context.state(owner))
+        done = self.context.set_state(request.sequence, self.context.state(owner))
+        self.context.forget(request.sequence, length if done else 0)
+        return length if done else 0
+
+    def _unpark(self, owner: int, parked: _Parked, request: Request, length: int) -> int:
+        """Begin a request's sequence with the first tokens of a parked one; returns how many."""
+        index = self._index(parked.adapters)
+        if 4 * length >= 3 * len(index.tokens(owner)):  # it goes on
+            index.remove(owner)
         else:
-            size = len(self._tokens(owner))
-            parked = self._parked.pop(owner)
-            if 4 * length >= 3 * size:  # it goes on
-                self._index(parked.adapters).remove(owner)
-            else:
-                self._parked[owner] = parked  # now the most recently used
-            done = self._restore(request.sequence, parked.state, parked.streams)
-        self.context.forget(request.sequence, request.position(length) if done else 0)
+            self._parked[owner] = parked  # now the most recently used
+        done = length >= WORTH_MOVING and self._restore(request.sequence, parked.state, parked.streams)
+        self.context.forget(request.sequence, length if done else 0)
         return length if done else 0
 
     def _use_disk(self, prompts: PromptCache, request: Request, length: int) -> int:
@@ -269,10 +300,11 @@ class Cache:
                 prompts.save(self._portable(request.sequence), request.tokens[:length])
             return length
         saved, state = prompts.restore(request.tokens[:-1])
-        if saved >= SHORTEST and self._restore(request.sequence, state, UNIFIED):
-            self.context.forget(request.sequence, saved)
-            return saved
-        return length
+        if saved < SHORTEST:
+            return length
+        done = self._restore(request.sequence, state, UNIFIED)
+        self.context.forget(request.sequence, saved if done else 0)
+        return saved if done else 0
 
     def _portable(self, sequence: int) -> bytes:
         """A sequence's state as a unified context writes it; none where it cannot be."""
@@ -302,7 +334,8 @@ class Cache:
     def _evict(self, keep: int = -1) -> None:
         oldest = next((s for s in self._kept if s != keep), keep)
         self._park(oldest)
-        self._drop(oldest, self._kept.pop(oldest))
+        self.context.forget(oldest)
+        self._free.append(oldest)
         self.evictions += 1
 
     def _park(self, sequence: int) -> None:
@@ -324,11 +357,7 @@ class Cache:
             self._index(adapters).insert(self._next_parked, tokens)
             self._next_parked += 1
         self._index(adapters).remove(sequence)
-
-    def _drop(self, sequence: int, adapters: Adapters) -> None:
-        self._index(adapters).remove(sequence)
-        self.context.forget(sequence)
-        self._free.append(sequence)
+        del self._kept[sequence]
 
     def _tokens(self, owner: int) -> list[int]:
         adapters = self._parked[owner].adapters if owner in self._parked else self._kept[owner]

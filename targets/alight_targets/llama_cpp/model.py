@@ -11,7 +11,7 @@ import numpy as np
 
 from alight.artifact import Artifact
 from alight.chat import ChatTemplate
-from alight.errors import AlightError, BadInput, ContextExceeded, EngineError
+from alight.errors import BadInput, ContextExceeded, EngineError
 from alight.planner import BATCH
 from alight.target import (
     Chunk,
@@ -71,7 +71,7 @@ class LlamaCppModel(Model):
                 slots=options.slots,
                 drafter=self._drafter(context),
             )
-        except AlightError:
+        except BaseException:
             self._free()
             raise
         self.info = ModelInfo(
@@ -95,6 +95,7 @@ class LlamaCppModel(Model):
         self._closed = False
 
     def generate(self, prompt: Prompt, sampling: Sampling | None = None) -> Generator[Chunk]:
+        self._check_open()
         sampling = sampling or Sampling()
         tokens, images = self._placed(prompt)
         if not tokens:
@@ -229,7 +230,7 @@ class LlamaCppModel(Model):
         return PromptLookup(self._options.lookup) if self._options.lookup else None
 
     def _prompt_cache(self, artifact: Artifact) -> PromptCache | None:
-        if not self._options.prompt_cache or self._native.recurrent:
+        if not self._options.prompt_cache or not self._native.movable:
             return None
         key = (artifact.digest or artifact.name).removeprefix("sha256:")[:24]
         return PromptCache(Path(self._options.prompt_cache) / f"{key}-{self._options.kv_type}")
@@ -272,7 +273,7 @@ class LlamaCppModel(Model):
             Layouts(
                 cells=-(-context // PAGE) * PAGE,
                 sequences=sequences,
-                fixed=self._native.recurrent or self._vision is not None,
+                fixed=not self._native.movable or self._vision is not None,
             ),
             shares=not self._native.recurrent,
             limit=context,

@@ -89,6 +89,13 @@ class NativeModel:
         self.recurrent = bool(
             C.llama_model_is_recurrent(self.pointer) or C.llama_model_is_hybrid(self.pointer)
         )
+        # Is the state of a sequence all that it needs elsewhere? Not of a sliding window: it leaves out older cells,
+        # which a shorter beginning needs. And positions of several dimensions have a form that state.py does not know.
+        flat = C.llama_model_rope_type(self.pointer) not in (
+            C.LLAMA_ROPE_TYPE_MROPE,
+            C.LLAMA_ROPE_TYPE_IMROPE,
+        )
+        self.movable = flat and not self.recurrent and int(C.llama_model_n_swa(self.pointer)) == 0
         self.bos, self.eos = (
             int(C.llama_vocab_bos(self.vocab)),
             int(C.llama_vocab_eos(self.vocab)),

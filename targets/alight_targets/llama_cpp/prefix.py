@@ -29,6 +29,9 @@ class PrefixIndex:
     def __contains__(self, owner: int) -> bool:
         return owner in self._held
 
+    def __len__(self) -> int:
+        return len(self._held)
+
     def tokens(self, owner: int) -> list[int]:
         """The tokens that `owner` was last inserted with."""
         return self._held[owner]

@@ -69,6 +69,7 @@ class Scheduler:
         self._wake = threading.Condition()
         self._closed = False
         self._cells_used = 0
+        self._crowded = False  # a request was preempted; none is admitted until another has finished
         self.counters: dict[str, float] = dict.fromkeys(
             ("steps", "decode_seconds", "step_seconds", "prompt_tokens", "cached_tokens", "generated_tokens",
              "drafted_tokens", "accepted_tokens", "preemptions"), 0,
@@ -77,7 +78,7 @@ class Scheduler:
         self._thread.start()
         try:
             self._cache = self.call(open_cache)
-        except AlightError:
+        except BaseException:
             self.close()
             raise
 
@@ -141,7 +142,7 @@ class Scheduler:
                     self._step()
                 except Exception as error:
                     log.exception("the engine failed; its requests are given up")
-                    self._give_up(error)
+                    self._recover(error)
                 self._cells_used = self._cache.used(self._running)
                 self.counters["steps"] += 1
                 self.counters["step_seconds"] += time.perf_counter() - started
@@ -155,23 +156,25 @@ class Scheduler:
         group = self._next_group()
         if self._drafter:
             self._drafter.propose([r for r in group if r.decoding])
+            for request in group:
+                del request.draft[max(0, self._limit - len(request.tokens)) :]
         self._cache.let_grow(self._running)
         while not self._decode(group):
             self._make_room()
             group = [r for r in group if r.sequence >= 0]
-        for request in self._waiting:
+        for request in list(self._waiting):  # others are added meanwhile
             request.show_life()
 
     def _drop_cancelled(self) -> None:
         for request in [r for r in self._running if r.cancelled]:
             self._finish(request)
-        for request in [r for r in self._waiting if r.cancelled]:
+        for request in [r for r in list(self._waiting) if r.cancelled]:
             self._waiting.remove(request)
             request.sampler.close()
 
     def _admit(self) -> None:
         free = self._slots - len(self._running)
-        if not self._waiting or free <= 0:
+        if not self._waiting or free <= 0 or (self._crowded and self._running):
             return
         self._cache.make_way(self._running, list(self._waiting)[:free])
         for request in list(self._waiting):
@@ -302,12 +305,14 @@ class Scheduler:
             self.counters["generated_tokens"] += 1
             reason = self._deliver(request, token, row - 1)
             if reason:
+                self._count_draft(request, len(draft))
                 request.end(reason)
                 self._finish(request)
                 return
             if token != guess:
                 break
             request.accepted += 1
+            self.counters["accepted_tokens"] += 1
         self._count_draft(request, len(draft))
 
     def _count_draft(self, request: Request, drafted: int) -> None:
@@ -315,7 +320,6 @@ class Scheduler:
         valid = len(request.tokens) - 1
         if drafted:
             self.counters["drafted_tokens"] += drafted
-            self.counters["accepted_tokens"] += drafted - (request.kv - valid)
         if request.kv > valid:
             self._cache.context.forget(request.sequence, request.position(valid))
             request.kv = valid
@@ -351,6 +355,7 @@ class Scheduler:
     def _finish(self, request: Request) -> None:
         """Take a request out; what it leaves in the KV cache may serve others."""
         self._running.remove(request)
+        self._crowded = False
         request.sampler.close()
         if self._drafter:
             self._drafter.forget(request)
@@ -376,15 +381,30 @@ class Scheduler:
         request.sequence, request.kv, request.draft = -1, 0, []
         self._waiting.appendleft(request)
         self.counters["preemptions"] += 1
+        self._crowded = True
 
     def _give_up(self, error: Exception) -> None:
-        for request in [*self._running, *self._waiting]:
-            request.out.put(error)
+        """Tell all requests that there is no more; what they left in the cache is the caller's to drop."""
+        if self._drafter:
+            for request in self._running:
+                self._drafter.forget(request)
+        with self._wake:  # none may come in between and be lost
+            requests = [*self._running, *self._waiting]
+            self._running.clear()
+            self._waiting.clear()
+        for request in requests:
             request.sampler.close()
-            if request.sequence >= 0:
-                self._cache.release(request)
-        self._running.clear()
-        self._waiting.clear()
+            request.out.put(error)
+
+    def _recover(self, error: Exception) -> None:
+        """After a failure: give its requests up and begin with an empty cache, or close where that fails, too."""
+        self._give_up(error)
+        try:
+            self._cache.reset()
+        except Exception:
+            log.exception("the engine cannot go on")
+            with self._wake:
+                self._closed = True
 
 
 def _common(a: list[int], b: list[int]) -> int:
