@@ -176,13 +176,12 @@ class Scheduler:
         free = self._slots - len(self._running)
         if not self._waiting or free <= 0 or (self._crowded and self._running):
             return
-        self._cache.make_way(self._running, list(self._waiting)[:free])
-        for request in list(self._waiting):
-            if len(self._running) >= self._slots:
-                break
+        arriving = list(self._waiting)[:free]  # no others: way is made for these
+        self._cache.make_way(self._running, arriving)
+        for request in arriving:
             if not self._is_being_read(request):
-                self._waiting.remove(request)
                 self._start(request)
+                self._waiting.remove(request)
         self._cache.close_ranks(self._running)
 
     def _is_being_read(self, request: Request) -> bool:
