@@ -1,0 +1,1 @@
+"""What targets share whose engine computes logits and nothing else: tokenizer, sampling, batching."""
