@@ -14,6 +14,8 @@ Each phase is a command of its own, leaves what it made in a state folder, and g
     $S pack qat-q4_0 --out $OUT --first 0             # at most 60 MB in pieces of 15 MB; --first 4 has the next ones
     $S unpack qat-q4_0 PIECE…                         # on the machine that they came back to
 
+There, `compression.py --only qat --qat $STATE/qat-q4_0` measures it on llama.cpp beside the best without training.
+
 The machine needs torch, transformers 5, numpy, safetensors, pydantic, gguf and sentencepiece, and no network.
 The first half of the text is for calibration and training, the second half for measuring only. Rows to train
 on are the first half itself, and text that the source writes after prompts from it. A phase prints one line of JSON.
@@ -233,7 +235,7 @@ def load_rows(args: argparse.Namespace) -> Tensor:
 
 def test_text(args: argparse.Namespace) -> Tensor:
     test: Tensor = load_file(args.state / "text.safetensors")["test"]
-    return test
+    return test[: args.test_tokens]
 
 
 def measure_all(args: argparse.Namespace) -> dict[str, Any]:
@@ -258,6 +260,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--length", type=int, default=512, help="tokens of a row")
+    parser.add_argument("--test-tokens", type=int, help="to measure on; 3072 are those of compression.py")
     phases = parser.add_subparsers(required=True)
 
     def phase(name: str, run: Any, *positional: str) -> argparse.ArgumentParser:

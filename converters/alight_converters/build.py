@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from alight import planner
-from alight.artifact import REPORT, REPORT_PAGE, SOURCE, Artifact, Description, digest_of
-from alight.blobs import disk_full_is_ours, hash_file
+from alight.blobs import disk_full_is_ours
 from alight.builder import Builder, BuildRequest, BuildResult, Candidate, Progress
 from alight.errors import BadInput
-from alight.gguf import read_header
 from alight.planner import Form, Prediction
-from alight.shape import takes_imatrix
-from alight.store import Store
+from alight.quantization import quant_type, takes_imatrix
 from alight_converters import report
+from alight_converters.build_keep import keep, write_folder
 from alight_converters.build_measure import Judge
-from alight_converters.build_weights import Weights, calibration_of, imatrix_of
-from alight_converters.build_workspace import key_of, workspace
+from alight_converters.build_mixed import Mix, mix_of, room_for
+from alight_converters.build_weights import Weights, calibration_key, calibration_of, imatrix_of, told
+from alight_converters.build_workspace import cache, key_of, read_json, workspace, write_json
 from alight_converters.quantize.gguf import quantize
 from alight_converters.search import SEARCHED, choose, pareto, search
 
-__all__ = ["GGUFBuilder", "choose", "keep"]
+if TYPE_CHECKING:  # torch is not needed to quantize a GGUF
+    from alight_converters.calibration import Calibration
+
+__all__ = ["GGUFBuilder", "choose"]
 
 
 class GGUFBuilder(Builder):
@@ -50,6 +52,7 @@ class GGUFBuilder(Builder):
                 candidates = [measure(p) for p in plan]
             else:
                 candidates = search(plan, request, measure, known=_source_itself(judge))
+                candidates += [measure(p) for p in forms.mixed(candidates)]
             candidates = [judge.settle(c, forms.made_of(c.quantization)) for c in candidates]
             chosen, reason = choose(candidates, request)
             front = pareto(candidates, request)
@@ -64,51 +67,19 @@ class GGUFBuilder(Builder):
                 weights=source.digest,
                 note=judge.reference_note(),
                 samples=report.samples(judge.source_answers(), judge.answers(made_of, lambda: file)),
-                calibration=forms.calibration_note,
+                calibration=forms.calibration_note(candidates),
+                stages=[forms.mix.to_stage()] if forms.mix else [],
+                sensitivity=forms.sensitivity_note,
+                fallbacks=source.fallbacks.get(chosen.quantization, {}),
             )
             artifact = keep(request.name, file, data, folder, source=request.source)
             write_folder(artifact, request.folder)
         return BuildResult(artifact, tuple(candidates), chosen, reason, front, (artifact,))
 
     def convert(self, source: Path, target: Path, quantization: str) -> Path:
-        return quantize(source, target, quantization)
-
-
-def keep(name: str, file: Path, data: dict[str, Any], folder: Path, *, source: Artifact) -> Artifact:
-    """Put a GGUF with its report and the source's licence into the store."""
-    texts = {REPORT: report.to_json(data), REPORT_PAGE: report.to_html(data)}
-    for path, text in texts.items():
-        (folder / path).write_text(text, encoding="utf-8")
-    extra = {path: f for path, f in source.files.items() if path.lower().startswith(("license", "licence"))}
-    return Store().add(
-        name,
-        {"model.gguf": file, **{path: folder / path for path in texts}, **extra},
-        Description.of_gguf(read_header(file), licence=source.description.licence, title=name),
-        lineage=source.lineage or lineage_of(source),
-        annotations={SOURCE: source.annotations.get(SOURCE, source.name)},
-    )
-
-
-def lineage_of(loose: Artifact) -> str:
-    """The lineage that the store would give to files that are not in it."""
-    digests = [hash_file(file) for file in loose.weights]
-    return digests[0] if len(digests) == 1 else digest_of("\n".join(digests).encode())
-
-
-def write_folder(artifact: Artifact, folder: Path | None) -> None:
-    """Lay an artifact's files out in a plain folder of copies, which appears when it is complete."""
-    if folder is None:
-        return
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        with disk_full_is_ours(folder.parent):
-            for path, blob in artifact.files.items():
-                (part / path).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(blob, part / path)
-            part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        return quantize(
+            source, target, Form(quant_type(quantization)).type
+        )  # a Form refuses what needs a matrix
 
 
 def _plan(request: BuildRequest, source: Weights) -> list[Prediction]:
@@ -176,8 +147,9 @@ class _Forms:
 
     def __init__(self, source: Weights, request: BuildRequest, progress: Progress | None) -> None:
         self.source = source
-        self.calibration_note = ""
         self.imatrix_file: Path | None = None
+        self.mix: Mix | None = None
+        self.sensitivity_note = "not measured: these types were asked for"
         self._request = request
         self._progress = progress
         self._files: dict[str, Path] = {}
@@ -186,28 +158,64 @@ class _Forms:
         """What decides the bytes of a form."""
         if self._is_source(name):
             return {"file": self.source.digest}
+        calibration: dict[str, Any] | None = self._calibration_key
+        if self.mix and name == self.mix.name:
+            return {"weights": self.source.digest, "types": self.mix.types, "calibration": calibration}
         form = Form.parse(name)
-        text, seed = self._request.calibration, self._request.seed
-        calibration: dict[str, Any] | None = None
-        if form.imatrix:
-            calibration = {"seed": seed} if text is None else {"text": key_of(text=text)}
+        calibration = calibration if form.imatrix else None
         return {"weights": self.source.digest, "form": form.name, "calibration": calibration}
 
     def file(self, name: str) -> Path:
         if self._is_source(name):
             return self.source.gguf
         if name not in self._files:
-            form = Form.parse(name)
-            self._files[name] = self.source.make(form, self._imatrix() if form.imatrix else None)
+            if self.mix and name == self.mix.name:
+                self._files[name] = self.mix.make(self.source, self._imatrix())
+            else:
+                form = Form.parse(name)
+                self._files[name] = self.source.make(form, self._imatrix() if form.imatrix else None)
         return self._files[name]
+
+    def mixed(self, candidates: Sequence[Candidate]) -> list[Prediction]:
+        """A form with a type for each tensor, where memory binds and one can be made."""
+        room, why = room_for(self.source, candidates, self._request)
+        if room and not _imatrix_fits(self._request, self.source):
+            room, why = 0, "it takes torch, a known family and memory for the model in float32"
+        if room:
+            try:
+                matrix, rows = self._imatrix(), self._calibration
+                self.mix = mix_of(self.source, rows, matrix, room, self._request, self._progress)
+            except BadInput as error:
+                why = error.message
+        self.sensitivity_note = "measured" if self.mix else f"not measured: {why}"
+        return [self.mix.prediction] if self.mix else []
 
     def _is_source(self, name: str) -> bool:
         return self._request.types is None and self.source.is_gguf and name == self.source.quantization
 
+    @cached_property
+    def _calibration_key(self) -> dict[str, Any]:
+        return calibration_key(self._request.calibration, self._request.seed)
+
+    @cached_property
+    def _calibration(self) -> Calibration:
+        request = self._request
+        made = calibration_of(self.source.checkpoint, request.calibration, request.seed, self._progress)
+        write_json(self._note_file, told(made))
+        return made
+
+    @property
+    def _note_file(self) -> Path:
+        key = key_of(weights=self.source.digest, calibration=self._calibration_key)
+        return cache() / "calibration" / f"{key}.json"
+
+    def calibration_note(self, candidates: Sequence[Candidate]) -> str:
+        """What the importance matrices of the candidates were made from, in this build or before; "" without any."""
+        if not any(self.made_of(c.quantization).get("calibration") for c in candidates):
+            return ""
+        return read_json(self._note_file) or told(self._calibration)
+
     def _imatrix(self) -> Path:
         if self.imatrix_file is None:
-            checkpoint, request = self.source.checkpoint, self._request
-            calibration = calibration_of(checkpoint, request.calibration, request.seed, self._progress)
-            self.calibration_note = f"{calibration.origin}, {calibration.tokens} tokens"
-            self.imatrix_file = imatrix_of(checkpoint, calibration, self._progress)
+            self.imatrix_file = imatrix_of(self.source.checkpoint, self._calibration, self._progress)
         return self.imatrix_file

@@ -19,10 +19,11 @@ import psutil
 
 import alight
 from alight import evaluate, plugins
-from alight.artifact import Artifact
+from alight.artifact import Artifact, files_below
+from alight.blobs import hash_file
 from alight.builder import BuildRequest, Candidate, Progress
 from alight.evaluate import Quality, Reference, Speed
-from alight.gguf import GGUFHeader, read_header
+from alight.gguf import read_header
 from alight.planner import Prediction
 from alight.target import LoadOptions, Model
 from alight_converters import build_speed
@@ -180,7 +181,7 @@ class Judge:
         known = read_json(remembered)
         if known is None:
             path = file()
-            known = {"size": path.stat().st_size, "layout": layout_of(read_header(path))}
+            known = {"size": bytes_of(path), "layout": layout_of(path)}
             write_json(remembered, known)
         return known["size"], known["layout"]
 
@@ -222,14 +223,24 @@ class Judge:
 
 
 def load(file: Path, name: str = "source") -> Model:
-    """A weight file by itself, on the target that fits it. Progress calls it by `name`."""
+    """A GGUF file or an exported folder, on the target that fits it. Progress calls it by `name`."""
     artifact = replace(Artifact.loose(file), name=name)
-    context = min(_CONTEXT, artifact.header().get("context_length") or _CONTEXT)
+    context = min(_CONTEXT, artifact.trained_context or _CONTEXT)
     return plugins.choose_target(artifact).load(artifact, LoadOptions(context=context))
 
 
-def layout_of(header: GGUFHeader) -> str:
-    """A digest of what speed and memory depend on: sizes and types, not values."""
+def bytes_of(path: Path) -> int:
+    """Of a file, or of all files of a folder."""
+    files = files_below(path).values() if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
+
+
+def layout_of(path: Path) -> str:
+    """A digest of what speed and memory depend on. Of a GGUF that is sizes and types, not values; other formats bring
+    compiled code, so that it is every file."""
+    if path.is_dir():
+        return key_of(files={inside: hash_file(file) for inside, file in files_below(path).items()})
+    header = read_header(path)
     sizes = {
         key: value
         for key, value in header.metadata.items()

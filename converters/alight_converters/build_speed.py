@@ -1,4 +1,4 @@
-"""Speed and memory of a file, measured in a process of its own.
+"""Speed and memory of a GGUF file or an exported folder, measured in a process of its own.
 
 A fresh process shows what the model alone takes, and nothing that the build computed before (torch's threads, a
 reference's distributions) disturbs it.
@@ -21,7 +21,6 @@ from alight.api import load_artifact
 from alight.artifact import Artifact
 from alight.errors import AlightError, DoesNotFit, EngineError
 from alight.evaluate import Speed
-from alight.gguf import read_header
 from alight.target import Completion, LoadOptions, Model, Sampling
 
 _SMALL_CONTEXT = 1024
@@ -75,15 +74,16 @@ def main(file: str, context: str, streams: str) -> int:
 
 def _measure(file: str, context: int, streams: int) -> Run:
     wanted = context * streams
-    most = read_header(file).get("context_length") or wanted  # the engine refuses a longer one
+    artifact = Artifact.loose(Path(file))
+    most = artifact.trained_context or wanted  # the engine refuses a longer one
     small = min(_SMALL_CONTEXT, most)
     started = time.perf_counter()
     try:
         fits = wanted <= most
-        model = _load(file, wanted if fits else small)
+        model = _load(artifact, wanted if fits else small)
     except DoesNotFit:
         fits = False
-        model = _load(file, small)
+        model = _load(artifact, small)
     loaded = time.perf_counter() - started
     with model:
         speed = evaluate.speed(model, new_tokens=min(_DECODED, model.info.context // 2))
@@ -92,9 +92,9 @@ def _measure(file: str, context: int, streams: int) -> Run:
     return Run(speed, loaded, memory, together)
 
 
-def _load(file: str, context: int) -> Model:
-    """The file by itself, whatever it is named; read into memory, since mapped pages would not all count."""
-    return load_artifact(Artifact.loose(Path(file)), LoadOptions(context=context, mmap=False))
+def _load(artifact: Artifact, context: int) -> Model:
+    """Read into memory, since mapped pages would not all count."""
+    return load_artifact(artifact, LoadOptions(context=context, mmap=False))
 
 
 def _together(model: Model, streams: int) -> float:

@@ -5,26 +5,27 @@ from __future__ import annotations
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from alight.artifact import Artifact
+from alight.artifact import Artifact, digest_of
 from alight.blobs import hash_file
 from alight.errors import MissingExtra, Unsupported
 from alight.evaluate import Progress
-from alight.gguf import GGUFHeader, read_header
+from alight.folders import folder_of
+from alight.gguf import GGUFHeader, read_headers
 from alight.planner import Form, Shape, shape_of_checkpoint, shape_of_gguf
-from alight.store import Store
-from alight_converters.build_workspace import cache, key_of
-from alight_converters.quantize.gguf import quantize
+from alight_converters.build_workspace import cache, digest_of_path, key_of
+from alight_converters.quantize.gguf import Fallbacks, merge, quantize
 
 if TYPE_CHECKING:  # torch is not needed to quantize a GGUF
     from alight_converters.calibration import Calibration
     from alight_converters.checkpoint import Checkpoint
 
 FLOATS = ("F32", "F16", "BF16")
-# Enough for an importance matrix to settle; a longer text changes the KL by less than its sampling error.
+# What the model writes itself: enough for an importance matrix to settle. Of a given text all is used, up to the most:
+# a matrix is a mean, which hardly changes afterwards.
 ROWS, LENGTH = 32, 128
-_FEWEST_ROWS = 4
+FEWEST_ROWS, MOST_ROWS = 4, 1024
 
 
 class Weights:
@@ -39,11 +40,7 @@ class Weights:
         self.folder = folder
         self._origin = origin
         self._artifact = origin if isinstance(origin, Artifact) else None
-        if self._artifact and self._artifact.format == "gguf" and len(self._artifact.weights) > 1:
-            raise Unsupported(
-                f"{self._artifact.name!r} is split into {len(self._artifact.weights)} files",
-                hint="Merge them first: llama-gguf-split --merge.",
-            )
+        self.fallbacks: dict[str, Fallbacks] = {}  # of each form that was made here
 
     @property
     def is_gguf(self) -> bool:
@@ -53,8 +50,9 @@ class Weights:
     def digest(self) -> str:
         """Of the weights, the same wherever they lie."""
         if self._artifact and self.is_gguf:
-            (layer,) = (x for x in self._artifact.layers if x.path.endswith(".gguf"))
-            return layer.digest or hash_file(self.gguf)
+            layers = {self._artifact.files[layer.path]: layer for layer in self._artifact.layers}
+            digests = [layers[file].digest or hash_file(file) for file in self._artifact.weights]
+            return digests[0] if len(digests) == 1 else digest_of("\n".join(digests).encode())
         return self.checkpoint.digest
 
     @cached_property
@@ -68,13 +66,15 @@ class Weights:
 
     @property
     def header(self) -> GGUFHeader:
-        return read_header(self.gguf)
+        """Of the GGUF that is quantized; of a split one, with the tensors of all parts."""
+        return read_headers(self._artifact.weights if self._artifact and self.is_gguf else [self.gguf])
 
     @cached_property
     def gguf(self) -> Path:
-        """The GGUF that is quantized."""
+        """The GGUF that is quantized, in one file."""
         if self._artifact and self.is_gguf:
-            return self._artifact.weights[0]
+            first, *rest = self._artifact.weights
+            return merge(self._named(first), self.folder / "whole.gguf") if rest else first
         from alight_converters.export.gguf import export
 
         dtype = {"float16": "F16", "bfloat16": "BF16"}.get(_dtype(self.checkpoint), "F32")
@@ -95,16 +95,14 @@ class Weights:
             raise MissingExtra(f"opening {self._origin.name!r} as a checkpoint", "convert")
         from alight_converters.sources import open_source
 
-        files = self._origin.files
-        path = next(iter(files.values())).parent
-        if any(
-            f != path / inside for inside, f in files.items()
-        ):  # blobs of the store have no names of their own
-            kept = cache() / "sources" / self._origin.digest.removeprefix("sha256:")[:32]
-            path = Store().materialize(self._origin, kept)
-        if self.is_gguf:
-            path = path / next(x.path for x in self._origin.layers if x.path.endswith(".gguf"))
+        path = self._named(self._origin.weights[0]) if self.is_gguf else folder_of(self._origin)
         return open_source(path, cache() / "sources")
+
+    def _named(self, file: Path) -> Path:
+        """A file of the artifact under its own name, beside the others: in the store, it is named by its digest."""
+        assert self._artifact is not None
+        inside = next(path for path, known in self._artifact.files.items() if known == file)
+        return folder_of(self._artifact) / inside
 
     @property
     def has_family(self) -> bool:
@@ -128,7 +126,11 @@ class Weights:
     def make(self, form: Form, imatrix: Path | None) -> Path:
         """A GGUF of the form."""
         return quantize(
-            self.gguf, self.folder / f"{form.name}.gguf", form.type, imatrix=imatrix if form.imatrix else None
+            self.gguf,
+            self.folder / f"{form.name}.gguf",
+            form.type,
+            imatrix=imatrix if form.imatrix else None,
+            fallbacks=self.fallbacks.setdefault(form.name, {}),
         )
 
 
@@ -146,21 +148,43 @@ def imatrix_of(
 
 
 def calibration_of(
-    checkpoint: Checkpoint, text: str | None, seed: int, progress: Progress | None = None
+    checkpoint: Checkpoint, given: str | Path | None, seed: int, progress: Progress | None = None
 ) -> Calibration:
-    """Rows of the user's text, or of text that the model writes.
+    """Rows of the user's text or files, or of text that the model writes.
 
     Raises:
-        BadInput: the text is too short.
+        BadInput: the text is too short, or a file is not as `Calibration.of_file` wants it.
     """
     from alight_converters.calibration import Calibration
 
-    if text is None:
+    if given is None:
         return Calibration.sampled(checkpoint, ROWS, LENGTH, seed, progress=progress)
     tokenizer = checkpoint.tokenizer()
-    tokens = len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-    rows = max(_FEWEST_ROWS, min(ROWS, tokens // LENGTH))
-    return Calibration.of_text(text, tokenizer, rows, LENGTH, origin="the calibration text")
+    if isinstance(given, Path):
+        return Calibration.of_file(given, tokenizer, MOST_ROWS, LENGTH, fewest=FEWEST_ROWS)
+    return Calibration.of_text(
+        given, tokenizer, MOST_ROWS, LENGTH, fewest=FEWEST_ROWS, origin="the calibration text"
+    )
+
+
+def calibration_key(given: str | Path | None, seed: int) -> dict[str, Any]:
+    """What decides the rows of `calibration_of`, but for the checkpoint.
+
+    Raises:
+        BadInput: there is no such file.
+    """
+    if given is None:
+        return {"seed": seed}
+    rows = {"fewest": FEWEST_ROWS, "most": MOST_ROWS}
+    return rows | (
+        {"files": digest_of_path(given)} if isinstance(given, Path) else {"text": key_of(text=given)}
+    )
+
+
+def told(calibration: Calibration) -> str:
+    """What rows are, for the report."""
+    most = " (no more are used)" if len(calibration.rows) == MOST_ROWS else ""
+    return f"{calibration.origin}, {calibration.tokens:,} tokens{most}"
 
 
 def _dtype(checkpoint: Checkpoint) -> str:

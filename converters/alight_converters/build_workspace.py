@@ -19,8 +19,8 @@ from filelock import FileLock, Timeout
 
 from alight import paths
 from alight.artifact import canonical, digest_of
-from alight.blobs import disk_full_is_ours
-from alight.errors import DiskFull
+from alight.blobs import disk_full_is_ours, hash_file
+from alight.errors import BadInput, DiskFull
 
 _LOCK = ".lock"
 
@@ -33,6 +33,18 @@ def cache() -> Path:
 def key_of(**parts: Any) -> str:
     """A short name for what is decided by these JSON values."""
     return digest_of(canonical(parts)).removeprefix("sha256:")[:32]
+
+
+def digest_of_path(path: Path) -> str:
+    """Of a file's content, or of all files of a folder. Raises BadInput where there is neither."""
+    if path.is_file():
+        return hash_file(path)
+    if not path.is_dir():
+        raise BadInput(
+            f"{path} does not exist", hint="Give a file or folder; a recipe's paths are relative to it."
+        )
+    files = sorted(f for f in path.rglob("*") if f.is_file())
+    return key_of(files={str(f.relative_to(path)): hash_file(f) for f in files})
 
 
 @contextmanager

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from alight.errors import BadInput, Unsupported
+from alight.errors import BadInput
+from alight_converters.documents import documents
+from alight_converters.memory import RowsAtOnce
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from alight_converters.checkpoint import Checkpoint
 
 ROWS_AT_ONCE = 32  # rows sampled together: they share each read of the weights, and their KV cache is small
-_TEXTS = (".txt", ".md")
-_TABLES = (".jsonl", ".csv")
 
 
 @dataclass(frozen=True)
@@ -44,25 +42,43 @@ class Calibration:
         rows: int,
         length: int,
         *,
+        fewest: int | None = None,
         origin: str = "text",
     ) -> Calibration:
-        """The first `rows` pieces of `length` tokens of a text. Raises BadInput where it is too short."""
-        return cls(_pack([_tokens(text, tokenizer)], tokenizer, rows, length, origin), origin)
+        """The first `rows` pieces of `length` tokens of a text.
 
-    @classmethod
-    def of_file(cls, path: Path, tokenizer: PreTrainedTokenizerBase, rows: int, length: int) -> Calibration:
-        """Rows from a file, or from all files of a folder, such as a data set of the hub.
-
-        `.txt` and `.md` are one document each. A line of `.jsonl` is a document: `{"text": …}`, or
-        `{"messages": [{"role": …, "content": …}, …]}`, which goes through the checkpoint's chat template.
-        `.csv` has a column `text`. Documents follow each other as in pretraining, ended by the
-        end-of-text token (chats end as their template says); reading stops when the rows are full.
+        Args:
+            fewest: rows that will do where the text is shorter; None: all.
 
         Raises:
-            BadInput: no such file, a line that is none of these, too short. Unsupported: another format.
+            BadInput: it is too short.
         """
-        documents = (_tokens(document, tokenizer) for document in _documents(path, tokenizer))
-        return cls(_pack(documents, tokenizer, rows, length, str(path)), path.name)
+        return cls(_pack([_tokens(text, tokenizer)], tokenizer, rows, length, origin, fewest), origin)
+
+    @classmethod
+    def of_file(
+        cls,
+        path: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: int,
+        length: int,
+        *,
+        fewest: int | None = None,
+    ) -> Calibration:
+        """Rows from a file, or from all files of a folder, such as a data set of the hub.
+
+        `.txt` and `.md` are one document each. A row of `.jsonl` or `.json` is a document: `{"text": …}`, or
+        `{"messages": [{"role": …, "content": …}, …]}`, which goes through the checkpoint's chat template. `.csv`
+        has a column `text`; `.parquet` and `.arrow` have `text` or `messages`, and need pyarrow. Documents follow
+        each other as in pretraining, ended by the end-of-text token (chats end as their template says); reading
+        stops when the rows are full. `fewest` is as in `of_text`.
+
+        Raises:
+            BadInput: no such file, a row that is none of these, too short. Unsupported: another format.
+            MissingExtra: pyarrow is not installed.
+        """
+        tokens = (_tokens(document, tokenizer) for document in documents(path, tokenizer))
+        return cls(_pack(tokens, tokenizer, rows, length, str(path), fewest), path.name)
 
     @classmethod
     def sampled(
@@ -89,12 +105,25 @@ class Calibration:
         start, end = _first_and_last(checkpoint)
         model = checkpoint.load(device=device)
         generator = torch.Generator().manual_seed(seed)
-        made = []
-        for done in range(0, rows, ROWS_AT_ONCE):
-            row = torch.full((min(ROWS_AT_ONCE, rows - done), 1), start)
-            made.append(_continue(model, row, length, end, generator))
+        at_once = RowsAtOnce(
+            ROWS_AT_ONCE,
+            f"sampling calibration text of {length} tokens",
+            f"Set a calibration.length below {length}, or use a device with more memory.",
+        )
+        made: list[torch.Tensor] = []
+        done = 0
+        while done < rows:
+            before = generator.get_state()
+
+            def draw(at_once: int, left: int = rows - done, before: torch.Tensor = before) -> torch.Tensor:
+                generator.set_state(before)
+                first = torch.full((min(at_once, left), 1), start)
+                return _continue(model, first, length, end, generator)
+
+            made.append(at_once.run(draw))
+            done += len(made[-1])
             if progress:
-                progress("sampling calibration text", min(done + ROWS_AT_ONCE, rows), rows)
+                progress("sampling calibration text", done, rows)
         return cls(torch.cat(made), f"sampled from {checkpoint.folder.name}, seed {seed}")
 
     @property
@@ -125,6 +154,7 @@ def _pack(
     rows: int,
     length: int,
     origin: str,
+    fewest: int | None = None,
 ) -> torch.Tensor:
     """Documents one after the other, cut into rows; each row starts as the tokenizer starts a text."""
     prefix = _prefix(tokenizer)
@@ -136,12 +166,15 @@ def _pack(
         stream += document
         if len(stream) >= rows * piece:
             break
-    if len(stream) < rows * piece:
+    whole = len(stream) // piece
+    least = rows if fewest is None else fewest
+    if whole < least:
         raise BadInput(
-            f"{origin} has {len(stream):,} tokens: {len(stream) // piece} rows of {length}, and {rows} "
-            f"({rows * piece:,} tokens) are wanted",
+            f"{origin} has {len(stream):,} tokens: {whole} rows of {length}, and {least} "
+            f"({least * piece:,} tokens) are wanted",
             hint="Give a longer text, or ask for fewer or shorter rows.",
         )
+    rows = min(rows, whole)
     return torch.tensor([prefix + stream[i * piece : (i + 1) * piece] for i in range(rows)])
 
 
@@ -153,75 +186,6 @@ def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-
-
-def _documents(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """The documents of a file or folder, as text with its special tokens spelled out."""
-    if path.is_dir():
-        files = sorted(f for f in path.rglob("*") if f.suffix in (*_TEXTS, *_TABLES))
-        if not files:
-            raise BadInput(f"{path} has no {', '.join((*_TEXTS, *_TABLES))} files", hint=_CONVERT)
-        for file in files:
-            yield from _documents(file, tokenizer)
-        return
-    if not path.is_file():
-        raise BadInput(f"no calibration file {path}", hint="Give a file or folder of text.")
-    if path.suffix not in (*_TEXTS, *_TABLES):
-        raise Unsupported(f"{path.name}: calibration from {path.suffix or 'such'} files", hint=_CONVERT)
-    end = tokenizer.eos_token or ""
-    try:
-        if path.suffix in _TEXTS:
-            yield path.read_text(encoding="utf-8") + end
-        elif path.suffix == ".csv":
-            yield from (text + end for text in _csv_texts(path))
-        else:
-            yield from _jsonl_texts(path, tokenizer, end)
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path} is not UTF-8: {error}", hint="Convert it with iconv.") from error
-
-
-_CONVERT = "Supported are .txt, .md, .jsonl and .csv; `datasets` writes a parquet set with .to_json(FILE)."
-
-
-def _csv_texts(path: Path) -> Iterator[str]:
-    csv.field_size_limit(1 << 30)
-    with path.open(encoding="utf-8", newline="") as opened:
-        reader = csv.DictReader(opened)
-        if "text" not in (reader.fieldnames or ()):
-            raise BadInput(f"{path} has no column 'text', only {', '.join(reader.fieldnames or ())}")
-        yield from (row["text"] or "" for row in reader)
-
-
-def _jsonl_texts(path: Path, tokenizer: PreTrainedTokenizerBase, end: str) -> Iterator[str]:
-    with path.open(encoding="utf-8") as opened:
-        for number, line in enumerate(opened, 1):
-            if not line.strip():
-                continue
-            try:
-                entry = json.loads(line)
-            except ValueError as error:
-                raise BadInput(f"{path} line {number} is not JSON: {error}") from error
-            if isinstance(entry, dict) and isinstance(entry.get("messages"), list):
-                yield _chat(entry["messages"], tokenizer, f"{path} line {number}")
-            elif isinstance(entry, dict) and isinstance(entry.get("text"), str):
-                yield entry["text"] + end
-            else:
-                raise BadInput(
-                    f"{path} line {number} has neither a 'text' nor 'messages'",
-                    hint='A line is {"text": "…"} or {"messages": [{"role": "user", "content": "…"}, …]}.',
-                )
-
-
-def _chat(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str) -> str:
-    if not tokenizer.chat_template:
-        raise BadInput(
-            f"{where} is a chat, and the checkpoint's tokenizer has no chat template",
-            hint='Give lines of {"text": …}, or a checkpoint that is made for chat.',
-        )
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception as error:  # a template is a program: it may fail in any way
-        raise BadInput(f"{where}: the chat template refuses it: {error}") from error
 
 
 def _first_and_last(checkpoint: Checkpoint) -> tuple[int, int | None]:

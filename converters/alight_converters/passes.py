@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -44,9 +44,15 @@ class Context:
 
 
 class Pass(BaseModel):
-    """One step of a recipe. A subclass sets `kind` to a literal and registers it under `alight.passes`."""
+    """One step of a recipe. A subclass sets `kind` to a literal and registers it under `alight.passes`.
+
+    Attributes:
+        in_all_processes: under `torchrun`, `run` is called in every process, and they share the work. Otherwise it
+            is called in the first one, and the others wait.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    in_all_processes: ClassVar[bool] = False
 
     kind: str
 
@@ -57,3 +63,8 @@ class Pass(BaseModel):
         Raises:
             AlightError: what is wrong with the input, the value, and what to do next.
         """
+
+    def flops(self, checkpoint: Checkpoint, tokens: int) -> float:
+        """Of `run`, about, with so many calibration tokens: a plan tells the time from it. One forward pass, unless
+        a subclass knows better."""
+        return 2.0 * checkpoint.parameters * tokens

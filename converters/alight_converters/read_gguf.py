@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from gguf import GGUFReader, ReaderTensor, dequantize
 
 from alight.errors import BadInput, InvalidModelFile, Unsupported
-from alight.gguf import GGUFHeader, read_header
+from alight.gguf import GGUFHeader, parts_of, read_header
 from alight_converters.checkpoint import Checkpoint, write
 from alight_converters.export.gguf import from_gguf, gguf_name
 from alight_converters.export.gguf_metadata import (
@@ -24,7 +23,6 @@ from alight_converters.export.gguf_metadata import (
 from alight_converters.families import Family, family_of_gguf
 from alight_converters.read_gguf_tokenizer import tokenizer_files
 
-_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -35,27 +33,13 @@ def read_gguf(file: Path, folder: Path) -> Checkpoint:
         InvalidModelFile: damaged, or parts are missing. Unsupported: a family, tokenizer or rope scaling that
         alight does not know. BadInput: `folder` exists. DiskFull: no room.
     """
-    parts = _parts(file)
+    parts = parts_of(file)
     header = read_header(parts[0])  # checks the file, which GGUFReader does not
     family = family_of_gguf(header.architecture)
     tensors = {t.name: t for part in parts for t in GGUFReader(part).tensors}
     config = _config(family, header, tensors)
     files = tokenizer_files(header)
     return write(folder, config, _checkpoint_tensors(family, config, tensors), files=files)
-
-
-def _parts(file: Path) -> list[Path]:
-    name = _PART.fullmatch(file.name)
-    if name is None:
-        return [file]
-    count = int(name[3])
-    parts = [file.with_name(f"{name[1]}-{n:05}-of-{count:05}.gguf") for n in range(1, count + 1)]
-    if missing := [part.name for part in parts if not part.is_file()]:
-        raise InvalidModelFile(
-            f"{file.name} is one of {count} parts, of which {len(missing)} are missing, first {missing[0]}",
-            hint="Put all parts into one folder.",
-        )
-    return parts
 
 
 def _config(family: Family, header: GGUFHeader, tensors: dict[str, ReaderTensor]) -> dict[str, Any]:

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, InstanceOf, SerializeAsAny, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    SerializeAsAny,
+    ValidationError,
+)
 
 from alight import plugins
 from alight.builder import MAX_KL
 from alight.errors import AlightError, BadInput, nearest
 from alight.planner import DEFAULT_CONTEXT
 from alight.store import normal_name
+from alight_converters.documents import HUB
 from alight_converters.passes import Pass
 from alight_converters.recipe_export import Export
 
@@ -23,17 +34,31 @@ M = TypeVar("M", bound=BaseModel)
 Where = tuple[str | int, ...]  # a place in a recipe: ("passes", 1, "ratio")
 
 
+def _torch_device(value: str) -> str:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", value):
+        raise ValueError(f"must be cpu, cuda or cuda:N, got {value!r}")
+    return value
+
+
+def _text(value: Any) -> Path | str | None:
+    """A path, or the address of a data set."""
+    if not isinstance(value, (str, Path, type(None))):
+        raise ValueError(f"must be a path, or {HUB}organisation/name, got {value!r}")
+    return Path(value) if isinstance(value, str) and not value.startswith(HUB) else value
+
+
 class CalibrationText(BaseModel):
     """What passes look at activations on and train on.
 
     Attributes:
-        text: a file or folder of .txt, .md, .jsonl or .csv; None: text that the source model writes itself.
+        text: a file or folder of .txt, .md, .jsonl, .json, .csv, .parquet or .arrow; a data set of the Hugging Face
+            hub, `hf://datasets/organisation/name[@revision][:file]`; None: text that the source model writes itself.
         rows, length: how many rows of how many tokens.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    text: Path | None = None
+    text: Annotated[Path | str | None, BeforeValidator(_text)] = None
     rows: int = Field(default=64, ge=1)
     length: int = Field(default=256, ge=8)
 
@@ -77,7 +102,7 @@ class Recipe(BaseModel):
     context: int = Field(default=DEFAULT_CONTEXT, ge=8)
     streams: int = Field(default=1, ge=1, le=128)
     max_kl: float = Field(default=MAX_KL, gt=0)
-    device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
+    device: Annotated[str, AfterValidator(_torch_device)] = "cpu"
     seed: int = Field(default=0, ge=0)
 
     @classmethod
@@ -183,7 +208,7 @@ def _item(value: Any, where: Where, group: str, tag: str, mistakes: list[Mistake
 
 def mistakes_of(error: ValidationError, where: Where, model: type[BaseModel]) -> list[Mistake]:
     """pydantic's errors in our words."""
-    return [Mistake((*where, *e["loc"]), _what(dict(e), model)) for e in error.errors()]
+    return [_mistake(dict(e), where, model) for e in error.errors()]
 
 
 _COMPARED = {
@@ -194,37 +219,77 @@ _COMPARED = {
 }
 
 
-def _what(error: dict[str, Any], model: type[BaseModel]) -> str:
+def _mistake(error: dict[str, Any], where: Where, model: type[BaseModel]) -> Mistake:
     kind, context = error["type"], error.get("ctx") or {}
+    place, inside = _place(error["loc"], model)
+    if kind.startswith("union_tag"):
+        place = (*place, context["discriminator"].strip("'"))
+    here = (*where, *place)
+    got = "" if isinstance(error["input"], BaseModel) else f", got {error['input']!r}"
     if kind == "missing":
-        return "is missing"
+        return Mistake(here, "is missing")
     if kind == "extra_forbidden":
-        return _unknown_key(error, model)
-    got = f", got {error['input']!r}" if not isinstance(error["input"], (dict, BaseModel)) else ""
+        return Mistake(here, f"unknown key; {_keys(inside, str(place[-1]))}")
     if kind in _COMPARED:
         sign, key = _COMPARED[kind]
-        return f"must be {sign} {context[key]:g}{got}"
+        return Mistake(here, f"must be {sign} {context[key]:g}{got}")
     if kind in ("literal_error", "enum"):
-        return f"must be one of {context['expected']}{got}"
+        return Mistake(here, f"must be one of {context['expected']}{got}")
+    if kind == "union_tag_invalid":
+        return Mistake(here, f"must be one of {context['expected_tags']}, got {context['tag']!r}")
     if kind == "too_short":
-        return "must have one entry at least"
+        return Mistake(here, "must have one entry at least")
     if kind == "value_error":
         cause = context.get("error")
-        words = str(cause) if cause else error["msg"].removeprefix("Value error, ")
-        return " ".join(words.splitlines())
-    if kind == "string_pattern_mismatch":
-        return f"must match {context['pattern']}{got}"
-    return f"{error['msg'][0].lower()}{error['msg'][1:]}{got}"
+        words = " ".join(str(cause or error["msg"].removeprefix("Value error, ")).splitlines())
+        return Mistake(here, words if repr(error["input"]) in words else f"{words}{got}")
+    if kind in ("model_type", "model_attributes_type", "dict_type") and inside:
+        return Mistake(here, f"must be a mapping; {_keys(inside)}{got}")
+    return Mistake(here, f"{error['msg'][0].lower()}{error['msg'][1:]}{got}")
 
 
-def _unknown_key(error: dict[str, Any], model: type[BaseModel]) -> str:
-    *path, key = error["loc"]
-    if path:  # inside a nested model, whose keys pydantic's error does not tell
-        return "unknown key"
-    known = sorted(f.alias or name for name, f in model.model_fields.items())
-    near = nearest(str(key), known)
+def _keys(model: type[BaseModel] | None, wrong: str = "") -> str:
+    """The keys of a part of a recipe, for those who wrote another."""
+    known = sorted(f.alias or name for name, f in model.model_fields.items()) if model else []
+    near = nearest(wrong, known) if wrong else []
     hint = f"did you mean {' or '.join(near)}? " if near else ""
-    return f"unknown key; {hint}known: {', '.join(known)}"
+    return f"{hint}known: {', '.join(known)}"
+
+
+def _place(loc: tuple[str | int, ...], model: type[BaseModel]) -> tuple[Where, type[BaseModel] | None]:
+    """Where pydantic's error is, as the user wrote it, and the model whose key it is about.
+
+    pydantic puts the tag of a union ("logit") between the key and what is inside it; nobody wrote it there.
+    """
+    place: list[str | int] = []
+    at: type[BaseModel] | None = model
+    choices: list[type[BaseModel]] = []
+    for step in loc:
+        chosen = next((c for c in choices if step in _tags(c)), None)
+        if chosen:
+            at, choices = chosen, []
+            continue
+        place.append(step)
+        if isinstance(step, int):
+            continue
+        known = {f.alias or name: f for name, f in (at.model_fields if at else {}).items()}
+        if step not in known:
+            break  # the unknown key itself
+        choices = _models(known[step].annotation)
+        at = choices[0] if len(choices) == 1 else None
+    return tuple(place), at
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The models that an annotation allows: one of `LoRA | None`, four of distillation's methods."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models(part)]
+
+
+def _tags(model: type[BaseModel]) -> tuple[Any, ...]:
+    kind = model.model_fields.get("kind")
+    return get_args(kind.annotation) if kind else ()
 
 
 def _absolute(model: M, folder: Path) -> M:

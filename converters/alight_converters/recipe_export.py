@@ -17,14 +17,14 @@ from alight import planner
 from alight.builder import parse_bytes
 from alight.devices import Device
 from alight.errors import BadInput
-from alight.planner import QUANT_TYPES, Prediction, Shape
-from alight.shape import takes_imatrix
+from alight.planner import QUANT_TYPES, Form, Prediction, Shape
+from alight.quantization import needs_imatrix, takes_imatrix
 from alight.store import normal_name
 from alight_converters.build_weights import Weights, imatrix_of
 from alight_converters.calibration import Calibration
 from alight_converters.checkpoint import Checkpoint
 from alight_converters.passes import Progress, silent
-from alight_converters.quantize.gguf import file_type, quantize, tensor_type
+from alight_converters.quantize.gguf import Fallbacks, file_type, quantize, tensor_type
 
 Bytes = Annotated[int, BeforeValidator(lambda v: parse_bytes(v) if isinstance(v, str) else v), Field(gt=0)]
 
@@ -37,20 +37,25 @@ class ExportContext:
         folder: where the file goes.
         weights: the checkpoint, and its GGUF, which all exports of a recipe share.
         calibration: makes the token rows, where the export needs them.
+        device: where the export computes.
+        target: the device that the artifact is for; None: this machine.
         measured: filled by the export, JSON values only; it goes into the report as it is.
+        fallbacks: filled by the export: tensors that are of another type than was asked for, since it does not fit.
     """
 
     folder: Path
     weights: Weights
     calibration: Callable[[], Calibration]
     device: str = "cpu"
+    target: Device | None = None
     seed: int = 0
     progress: Progress = silent
     measured: dict[str, Any] = field(default_factory=dict)
+    fallbacks: Fallbacks = field(default_factory=dict)
 
 
 class Export(BaseModel):
-    """One artifact of a recipe. A subclass sets `format` to a literal.
+    """One artifact of a recipe. A subclass sets `format` to a literal, and has a field `type` for what `--quant` says.
 
     Attributes:
         name: in the store; None takes the recipe's, with the export's label as the tag where there are several.
@@ -60,6 +65,15 @@ class Export(BaseModel):
 
     format: str
     name: Annotated[str, AfterValidator(normal_name)] | None = None
+
+    @classmethod
+    def of_type(cls, kind: str | None) -> Export:
+        """What `alight build --quant KIND` means in this format; None: what it makes unless told.
+
+        Raises:
+            pydantic.ValidationError, BadInput: the format has no such type; says which it has.
+        """
+        return cls.model_validate({} if kind is None else {"type": kind.lower()})
 
     @property
     @abstractmethod
@@ -113,7 +127,18 @@ class GGUF(Export):
             raise ValueError("type mixed chooses the embedding's type itself")
         if self.imatrix and not takes_imatrix(self.type):
             raise ValueError(f"{self.type} has no use for an importance matrix")
+        if not self.calibrated and needs_imatrix(self.type):
+            raise ValueError(
+                f"{self.type} needs an importance matrix: set imatrix: true, or take a larger type, such as Q3_K_S"
+            )
         return self
+
+    @classmethod
+    def of_type(cls, kind: str | None) -> GGUF:
+        if kind is None:
+            return cls()
+        form = Form.parse(kind)
+        return cls(type=form.type, imatrix=form.imatrix)
 
     @property
     def label(self) -> str:
@@ -131,11 +156,18 @@ class GGUF(Export):
         ends = [t.name for t in weights.header.tensors if t.name in ("token_embd.weight", "output.weight")]
         own = dict.fromkeys(ends, self.embedding) if self.embedding else {}
         if not self.calibrated:
-            return quantize(weights.gguf, target, self.type, tensor_types=own)
+            return quantize(weights.gguf, target, self.type, tensor_types=own, fallbacks=context.fallbacks)
         checkpoint, calibration = weights.checkpoint, context.calibration()
         imatrix = imatrix_of(checkpoint, calibration, context.progress, device=context.device)
         if self.max_bytes is None:
-            return quantize(weights.gguf, target, self.type, imatrix=imatrix, tensor_types=own)
+            return quantize(
+                weights.gguf,
+                target,
+                self.type,
+                imatrix=imatrix,
+                tensor_types=own,
+                fallbacks=context.fallbacks,
+            )
         types = self._types(checkpoint, calibration, imatrix, context)
         made = quantize(weights.gguf, target, "Q4_K_M", imatrix=imatrix, tensor_types=types)
         if made.stat().st_size > self.max_bytes:
@@ -147,7 +179,7 @@ class GGUF(Export):
     def predict(self, shape: Shape, device: Device, context: int, streams: int) -> Prediction | None:
         if self.type not in QUANT_TYPES:
             return None
-        shaped = planner.quantized(shape, self.type)
+        shaped = planner.quantized(shape, self.label)
         return planner.predict(shaped, device, quantization=self.label, context=context, streams=streams)
 
     def _types(

@@ -19,6 +19,10 @@ FLOAT = 4  # bytes of a weight while passes compute
 # each weight and token. In memory: weights, gradients and two moments of Adam, and the teacher.
 _TRAIN_FLOPS, _TRAIN_COPIES = 8, 5
 _SHARE = 0.5  # of the peak float32 speed that torch reaches on matrices of this size
+# On a GPU: what one H100 did with a model of 135 M parameters, 91,000 tokens/s of distillation and 73,600 of QAT
+# (docs/benchmarks.md), in flops per second counted as above.
+_H100_USUAL = _TRAIN_FLOPS * 135e6 * 91_000
+_H100_FLOPS = {"qat": _TRAIN_FLOPS * 135e6 * 73_600}
 _WRITE = 200e6  # bytes/s at which checkpoints are read and written
 _RUNTIME = 600_000_000  # torch and transformers
 
@@ -44,7 +48,7 @@ def _stages(recipe: Recipe, source: Checkpoint) -> tuple[list[PlannedStage], Che
     """The stages, and the checkpoint after the last one where it is known already."""
     machine = devices.probe()
     digest: str | None = source.digest
-    parameters = source.parameters
+    known = source  # the last checkpoint that is there: what comes after it is taken to be as large
     planned: list[PlannedStage] = []
     after: Checkpoint | None = None
     for number, pass_ in enumerate(recipe.passes, 1):
@@ -52,12 +56,16 @@ def _stages(recipe: Recipe, source: Checkpoint) -> tuple[list[PlannedStage], Che
         key = StageKey.of(pass_, digest, recipe, source) if digest else None
         done = key.done() if key else None
         if key and done:
-            digest, parameters, after = done.digest, done.parameters, Checkpoint.open(key.checkpoint)
+            digest = done.digest
+            known = after = Checkpoint.open(key.checkpoint)
             planned.append(PlannedStage(name, True, done.seconds, 0))
             continue
         digest = after = None  # what comes after a stage that did not run cannot be kept from before
-        seconds = _seconds(pass_, recipe, parameters, machine) if recipe.device == "cpu" else None
-        planned.append(PlannedStage(name, False, seconds, _memory(pass_, parameters)))
+        on_cpu = recipe.device == "cpu"
+        speed = machine.flops * _SHARE if on_cpu else _H100_FLOPS.get(pass_.kind, _H100_USUAL)
+        seconds = _seconds(pass_, recipe, known, speed)
+        memory = _memory(pass_, known.parameters)
+        planned.append(PlannedStage(name, False, seconds, memory, "" if on_cpu else "one H100"))
     return planned, after
 
 
@@ -66,14 +74,15 @@ def _training(pass_: Pass) -> Training | None:
     return found if isinstance(found, Training) else None
 
 
-def _seconds(pass_: Pass, recipe: Recipe, parameters: int, machine: Device) -> float:
-    """Of a training pass by its steps; of any other, as one pass over the calibration rows at most."""
+def _seconds(pass_: Pass, recipe: Recipe, checkpoint: Checkpoint, speed: float) -> float:
+    """Of a training pass by its steps; of any other by what it says itself. `speed` is in flops per second."""
     training = _training(pass_)
-    tokens = recipe.calibration.rows * recipe.calibration.length
-    flops = 2.0 * parameters * tokens
+    parameters, length = checkpoint.parameters, recipe.calibration.length
     if training:
-        flops = float(_TRAIN_FLOPS) * parameters * training.steps * training.batch * recipe.calibration.length
-    return flops / (machine.flops * _SHARE) + 3 * FLOAT * parameters / _WRITE
+        flops = float(_TRAIN_FLOPS) * parameters * training.steps * training.batch * length
+    else:
+        flops = pass_.flops(checkpoint, recipe.calibration.rows * length)
+    return flops / speed + 3 * FLOAT * parameters / _WRITE
 
 
 def _memory(pass_: Pass, parameters: int) -> int:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,16 @@ from pydantic import BaseModel
 
 import alight
 from alight import plugins
-from alight.blobs import disk_full_is_ours, hash_file
-from alight.errors import AlightError, BadInput
-from alight_converters.build_workspace import cache, key_of, read_json, write_json
+from alight.blobs import disk_full_is_ours
+from alight.errors import AlightError
+from alight_converters.build_workspace import cache, digest_of_path, key_of, read_json, write_json
 from alight_converters.calibration import Calibration
 from alight_converters.checkpoint import Checkpoint
+from alight_converters.documents import local
+from alight_converters.memory import out_of_memory_is
 from alight_converters.passes import Context, Pass, Progress
 from alight_converters.recipe import CalibrationText, Recipe
+from alight_converters.training.world import World
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +91,16 @@ class StageKey:
         known = read_json(self.folder / "stage.json")
         return Stage(**known, cached=True) if known and self.checkpoint.is_dir() else None
 
-    def clean(self) -> None:
-        """What a killed run left goes, but for what the pass resumes from."""
+    def begin(self) -> Stage | None:
+        """What the stage did before. Where it did not finish, what a killed run left goes, but for what the pass
+        resumes from."""
+        if stage := self.done():
+            return stage
         for left in self.folder.iterdir():
             if left.is_dir() and left != self.work:
                 shutil.rmtree(left, ignore_errors=True)
         self.work.mkdir(exist_ok=True)
+        return None
 
     def finish(self, stage: Stage) -> None:
         write_json(self.folder / "stage.json", {k: v for k, v in stage.to_json().items() if k != "cached"})
@@ -117,39 +126,68 @@ def run_stage(
     Raises:
         AlightError: what the pass raises, with its place in the recipe before it.
     """
+    world = World.join(recipe.device)
     key = StageKey.of(pass_, digest, recipe, source)
-    with disk_full_is_ours(key.folder):
-        key.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(key.folder / "lock"):  # another build may be at the same stage
-            if stage := key.done():
-                return Checkpoint.open(key.checkpoint), stage
-            key.clean()
-            context = Context(
-                folder=key.checkpoint,
-                work=key.work,
-                source=source,
-                calibration=calibration(),
-                device=recipe.device,
-                seed=recipe.seed,
-                progress=progress,
-            )
-            started = time.monotonic()
-            try:
-                made = pass_.run(before, context)
-            except AlightError as error:
-                error.message = f"passes[{number}] ({pass_.kind}): {error.message}"
-                raise
-            stage = Stage(
-                kind=pass_.kind,
-                settings=pass_.model_dump(mode="json"),
-                digest=made.digest,
-                seconds=time.monotonic() - started,
-                parameters=made.parameters,
-                bytes=made.bytes,
-                measured=context.measured,
-            )
-            key.finish(stage)
-            return made, stage
+
+    def run() -> Stage:
+        context = Context(
+            folder=key.checkpoint,
+            work=key.work,
+            source=source,
+            calibration=calibration(),
+            device=recipe.device,
+            seed=recipe.seed,
+            progress=progress,
+        )
+        started = time.monotonic()
+        length = recipe.calibration.length
+        too_large = out_of_memory_is(
+            f"the pass, on {recipe.device} with rows of {length} tokens,",
+            f"Try calibration.length {length // 2}, or a device with more memory.",
+        )
+        with _told_as(f"passes[{number}] ({pass_.kind})"), too_large:
+            made = pass_.run(before, context)
+        return Stage(
+            kind=pass_.kind,
+            settings=pass_.model_dump(mode="json"),
+            digest=made.digest,
+            seconds=time.monotonic() - started,
+            parameters=made.parameters,
+            bytes=made.bytes,
+            measured=context.measured,
+        )
+
+    with disk_full_is_ours(key.folder), _held(key, world):
+        stage = world.by_first(key.begin)
+        if stage is None:
+            if pass_.in_all_processes:
+                world.by_first(lambda: calibration().digest)  # sampled once: the others find what is kept
+                stage = run()
+            else:
+                stage = world.by_first(run)
+            world.by_first(partial(key.finish, stage))
+    return Checkpoint.open(key.checkpoint), stage
+
+
+@contextmanager
+def _held(key: StageKey, world: World) -> Iterator[None]:
+    """A stage to ourselves: another build may be at the same one. The first of several processes holds it for all."""
+    if not world.is_first:
+        yield
+        return
+    key.folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(key.folder / "lock"):
+        yield
+
+
+@contextmanager
+def _told_as(place: str) -> Iterator[None]:
+    """Errors of a pass begin with its place in the recipe."""
+    try:
+        yield
+    except AlightError as error:
+        error.message = f"{place}: {error.message}"
+        raise
 
 
 # -- calibration -------------------------------------------------------------------------------------
@@ -158,7 +196,7 @@ def run_stage(
 def calibration_key(wanted: CalibrationText, seed: int, source: Checkpoint) -> str:
     """What decides the rows, without making them."""
     return key_of(
-        text=digest_of_path(wanted.text) if wanted.text else None,
+        text=digest_of_path(local(wanted.text)) if wanted.text else None,
         seed=None if wanted.text else seed,
         rows=wanted.rows,
         length=wanted.length,
@@ -180,7 +218,7 @@ def calibration_rows(
     from alight_converters.quantize.files import appearing
 
     if wanted.text:
-        return Calibration.of_file(wanted.text, source.tokenizer(), wanted.rows, wanted.length)
+        return Calibration.of_file(local(wanted.text), source.tokenizer(), wanted.rows, wanted.length)
     file = cache() / "calibration" / f"{calibration_key(wanted, seed, source)}.safetensors"
     origin = f"sampled from the source, seed {seed}"
     if file.exists():
@@ -192,18 +230,6 @@ def calibration_rows(
 
 
 # -- files beside a recipe ---------------------------------------------------------------------------
-
-
-def digest_of_path(path: Path) -> str:
-    """Of a file's content, or of all files of a folder. Raises BadInput where there is neither."""
-    if path.is_file():
-        return hash_file(path)
-    if not path.is_dir():
-        raise BadInput(
-            f"{path} does not exist", hint="Give a file or folder; paths are relative to the recipe."
-        )
-    files = sorted(f for f in path.rglob("*") if f.is_file())
-    return key_of(files={str(f.relative_to(path)): hash_file(f) for f in files})
 
 
 def outside(settings: BaseModel) -> dict[str, Path]:

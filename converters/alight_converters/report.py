@@ -17,9 +17,13 @@ from alight.artifact import Artifact
 from alight.builder import BuildRequest, Candidate
 from alight.devices import Device
 from alight_converters.build_measure import PROMPTS, machine
+from alight_converters.quantize.gguf import Fallbacks
 from alight_converters.report_html import page
 
-_PACKAGES = ("llama-cpp-python", "numpy", "torch", "transformers", "gguf")
+_PACKAGES = (
+    "llama-cpp-python", "numpy", "torch", "transformers", "gguf",
+    "onnx", "onnxruntime", "onnxruntime-genai", "apache-tvm",
+)  # fmt: skip
 
 Json = dict[str, Any]
 
@@ -35,6 +39,9 @@ def of_build(
     note: str,
     samples: Sequence[Json],
     calibration: str,
+    stages: Sequence[Json] = (),
+    sensitivity: str = "",
+    fallbacks: Fallbacks | None = None,
 ) -> Json:
     """The report of a search, or of the forms that were asked for.
 
@@ -42,6 +49,8 @@ def of_build(
         weights: digest of the source's.
         note: what quality was measured on.
         calibration: what importance matrices were made from.
+        stages: what was measured of single tensors. sensitivity: whether it was, and why not.
+        fallbacks: tensors of the chosen form whose type is another than was asked for.
     """
     return {
         **_head(request.source, weights, request.device, note),
@@ -51,10 +60,12 @@ def of_build(
             "tokens": request.tokens,
             "seed": request.seed,
             "calibration": calibration or None,
+            "sensitivity": sensitivity or None,
         },
-        "stages": [],
+        "stages": list(stages),
         **results(candidates, front, chosen, reason),
         "samples": list(samples),
+        "fallbacks": _fallbacks(fallbacks or {}),
     }
 
 
@@ -69,12 +80,14 @@ def of_recipe(
     note: str,
     samples: Sequence[Json],
     limits: Json,
+    fallbacks: Fallbacks,
 ) -> Json:
     """The report of one export of a recipe.
 
     Args:
         recipe: with every setting that was left to its default.
         stages: what each pass did: kind, settings, seconds, sizes and what it measured.
+        fallbacks: tensors whose type is another than was asked for.
     """
     return {
         **_head(source, weights, device, note),
@@ -83,7 +96,12 @@ def of_recipe(
         "stages": list(stages),
         **results,
         "samples": list(samples),
+        "fallbacks": _fallbacks(fallbacks),
     }
+
+
+def _fallbacks(found: Fallbacks) -> list[Json]:
+    return [{"tensor": name, "wanted": wanted, "taken": taken} for name, (wanted, taken) in found.items()]
 
 
 def results(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
@@ -47,6 +48,7 @@ def page(report: Json) -> str:
         f'<p class="lead">Chosen: <b>{escape(str(report["chosen"]))}</b>, {escape(str(report["reason"]))}.</p>',
         _facts(report),
         _candidates(report),
+        _fallbacks(report),
         _stages(report["stages"]),
         _samples(report["samples"]),
         _settings(report),
@@ -65,11 +67,22 @@ def _facts(report: Json) -> str:
         ("", ""),
         [
             ("quality measured on", f"{report['quality_measured_on']}; {_tokens(report)} predictions"),
-            ("speed measured on", f"{on['processor']}, {on['cores']} cores, {on['system']}"),
-            ("speed that counts", "as measured" if here else f"as predicted for {device['name']}"),
+            (
+                "speed measured on",
+                f"{on['processor']}, {on['cores']} cores, {on['system']}{_each(report) if here else ', one stream'}",
+            ),
+            (
+                "speed that counts",
+                "as measured" if here else f"as predicted for {device['name']}{_each(report)}",
+            ),
             ("built", f"{report['created']} by alight {report['alight']}"),
         ],
     )
+
+
+def _each(report: Json) -> str:
+    streams = report["limits"].get("streams", 1)
+    return f", of each of {streams} streams" if streams > 1 else ""
 
 
 def _tokens(report: Json) -> str:
@@ -81,15 +94,23 @@ def _candidates(report: Json) -> str:
     found = report["candidates"]
     size: Callable[[Json], float] = lambda c: c["size"] / 1e6  # noqa: E731
     speed: Callable[[Json], float] = lambda c: _speed(c, here)  # noqa: E731
-    decode = f"decode, tokens/s ({'measured' if here else 'predicted'})"
+    what = (
+        f"measured here{_each(report)}"
+        if here
+        else f"predicted for {report['device']['name']}{_each(report)}"
+    )
+    decode = f"decode, tokens/s ({what})"
     plots = [
         ("Loss", scatter(_dots(report, size, _kl), "size, MB", "KL to the source, nats", log_y=True)),
         ("Perplexity", scatter(_dots(report, size, _perplexity), "size, MB", "perplexity")),
         ("Speed", scatter(_dots(report, size, speed), "size, MB", decode)),
     ]
+    there = "" if here else f" for {report['device']['name']}"
+    measured = "decode measured" if here else "decode measured on the building machine, one stream"
     header = (
         "form", "size, MB", "KL mean", "KL p99", "top-1", "perplexity",
-        "decode measured", "decode predicted", "prefill measured", "memory measured, MB", "memory predicted, MB",
+        measured + (_each(report) if here else ""), f"decode predicted{there}{_each(report)}",
+        "prefill measured, one stream", "memory measured, MB", f"memory predicted{there}, MB",
     )  # fmt: skip
     rows, kinds = [], []
     for c in found:
@@ -97,7 +118,7 @@ def _candidates(report: Json) -> str:
         star = " *" if c["pareto"] else ""
         rows.append(
             (
-                c["quantization"] + (" (source)" if c["is_source"] else "") + star,
+                f"{c['format']} {c['quantization']}" + (" (source)" if c["is_source"] else "") + star,
                 f"{size(c):,.1f}", _number(q["kl_mean"]), _number(q["kl_p99"]),
                 f"{q['top1']:.1%}" if q["top1"] is not None else "", f"{q['perplexity']:.3f}",
                 f"{_speed(c, True):.1f}", f"{p['decode']:.1f}", f"{c['speed']['prefill']:.0f}",
@@ -204,6 +225,21 @@ def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.5g}"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _fallbacks(report: Json) -> str:
+    """Tensors of another type than was asked for: how many by type, and a folded list."""
+    found = report.get("fallbacks", [])
+    if not found:
+        return ""
+    counts = Counter((f["wanted"], f["taken"]) for f in found)
+    told = ", ".join(f"{count} are {taken}, not {wanted}" for (wanted, taken), count in counts.items())
+    rows = [(f["tensor"], f["wanted"], f["taken"]) for f in found]
+    return (
+        f"<h2>Types that did not fit</h2><p>Of the tensors {escape(told)}: their rows are no multiple of that type's "
+        "block, so llama.cpp takes one that is stored in smaller blocks and is usually larger.</p>"
+        f"<details><summary>All {len(found)}</summary>{_table(('tensor', 'asked for', 'stored as'), rows)}</details>"
+    )
 
 
 # -- the rest ----------------------------------------------------------------------------------------

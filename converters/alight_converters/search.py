@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from alight.builder import BuildRequest, Candidate
 from alight.errors import BadInput, DoesNotFit
-from alight.planner import Form, Prediction
+from alight.planner import MEMORY_DOUBT, Form, Prediction
 
 # Tried by a search, better ones first; the planner leaves out those that are no smaller than the one before.
 SEARCHED = ("Q8_0", "Q6_K", "Q5_K_M", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0", "Q3_K_M", "Q2_K")
@@ -23,10 +23,12 @@ SAME_SPEED = (
     0.97  # a form this near the fastest counts as equally fast: measured speeds scatter by a few percent
 )
 
-# How far a prediction may be off, once others were measured and it is corrected by them; and before.
-_SPEED_DOUBT, _SPEED_DOUBT_FIRST = 1.25, 2.0
+# How far a prediction may be off, once others were measured and it is corrected by them; and before. Measured decode
+# was 1.7 to 3 times the predicted, by type, on a Xeon with AVX-512 (benchmarks/compression.py --only search).
+_SPEED_DOUBT, _SPEED_DOUBT_FIRST = 1.6, 2.0
 _KL_DOUBT, _KL_DOUBT_FIRST = 2.5, 8.0
 _TWIN_DOUBT = 1.05
+_MEMORY_DOUBT, _MEMORY_DOUBT_FIRST = 0.025, MEMORY_DOUBT  # shares: the error is nearly the same for all forms
 
 
 def search(
@@ -68,7 +70,7 @@ def choose(candidates: Sequence[Candidate], request: BuildRequest) -> tuple[Cand
     Raises:
         DoesNotFit, BadInput: none keeps the limit on memory or speed; says by how much it is missed.
     """
-    limit = _memory_limit(request)
+    limit = memory_limit(request)
     fitting = [c for c in candidates if memory_on(c, request) <= limit]
     if not fitting:
         least = min(candidates, key=lambda c: memory_on(c, request))
@@ -125,15 +127,21 @@ def memory_on(c: Candidate, request: BuildRequest) -> int:
     return measured or c.prediction.memory.total
 
 
+def memory_limit(request: BuildRequest) -> int:
+    """Bytes that a candidate may take."""
+    return min(request.device.available_bytes, request.max_memory or request.device.available_bytes)
+
+
+def memory_error(candidates: Iterable[Candidate], request: BuildRequest) -> float:
+    """By what predicted memory has to be multiplied, as far as the measured candidates tell."""
+    return _mean_ratio((memory_on(c, request), c.prediction.memory.total) for c in candidates)
+
+
 def kl_of(c: Candidate) -> float:
     return c.quality.kl_mean if c.quality.kl_mean is not None else float("inf")
 
 
 # -- inside ------------------------------------------------------------------------------------------
-
-
-def _memory_limit(request: BuildRequest) -> int:
-    return min(request.device.available_bytes, request.max_memory or request.device.available_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +157,7 @@ class _Guess:
 
     likely: _Point
     hoped: _Point
+    least_memory: float
 
 
 def _point(c: Candidate, request: BuildRequest) -> _Point:
@@ -166,10 +175,11 @@ def _best(points: Sequence[_Point], request: BuildRequest) -> _Point:
 
 
 def _could_win(guess: _Guess, have: Sequence[Candidate], request: BuildRequest) -> bool:
-    fitting = [c for c in have if memory_on(c, request) <= _memory_limit(request)]
-    rivals = [_point(c, request) for c in fitting if speed_on(c, request) >= request.min_speed]
-    if guess.hoped.speed < request.min_speed:
+    limit = memory_limit(request)
+    if guess.hoped.speed < request.min_speed or guess.least_memory > limit:
         return False
+    fitting = [c for c in have if memory_on(c, request) <= limit]
+    rivals = [_point(c, request) for c in fitting if speed_on(c, request) >= request.min_speed]
     return _best([guess.hoped, *rivals], request) is guess.hoped
 
 
@@ -178,26 +188,28 @@ def _guess(p: Prediction, have: Sequence[Candidate], request: BuildRequest) -> _
     without an importance matrix, which changes the KL, and the types of very few tensors."""
     here = request.device.id == "this"
     form = Form.parse(p.quantization)
-    twin = next((c for c in have if not c.is_source and Form.parse(c.quantization).type == form.type), None)
     built = [c for c in have if not c.is_source]
+    twin = next((c for c in built if Form.parse(c.quantization).type == form.type), None)
 
-    speed, speed_doubt = p.decode, 1.0
+    speed, speed_doubt, memory_doubt = p.decode, 1.0, 0.0
     if here and twin is not None:
         speed, speed_doubt = speed_on(twin, request), _TWIN_DOUBT
     elif here:
         speed *= _mean_ratio((speed_on(c, request), c.prediction.decode) for c in built)
         speed_doubt = _SPEED_DOUBT if built else _SPEED_DOUBT_FIRST
+    if here:
+        memory_doubt = _MEMORY_DOUBT if built else _MEMORY_DOUBT_FIRST
+    memory = p.memory.total * memory_error(built, request) * (1 - memory_doubt)
 
-    kl, kl_doubt = p.kl, _KL_DOUBT if built else _KL_DOUBT_FIRST
     if twin is not None and twin.prediction.kl and math.isfinite(kl_of(twin)):
-        kl *= kl_of(twin) / twin.prediction.kl
+        kl = p.kl * kl_of(twin) / twin.prediction.kl
         # A matrix has never been seen to more than halve the KL, and hardly ever makes it worse.
-        kl_doubt = 2.0 if form.imatrix else kl / kl_of(twin)
+        hoped = kl / 2 if form.imatrix else kl_of(twin)
     else:
-        kl *= _mean_ratio((kl_of(c), c.prediction.kl) for c in built)
+        kl = p.kl * _mean_ratio((kl_of(c), c.prediction.kl) for c in built)
+        hoped = kl / (_KL_DOUBT if built else _KL_DOUBT_FIRST)
     return _Guess(
-        _Point(p.quantization, speed, kl),
-        _Point(p.quantization, speed * speed_doubt, kl / kl_doubt),
+        _Point(p.quantization, speed, kl), _Point(p.quantization, speed * speed_doubt, hoped), memory
     )
 
 

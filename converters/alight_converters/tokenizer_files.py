@@ -14,6 +14,7 @@ from typing import Any
 from alight.errors import BadInput, InvalidModelFile, Unsupported
 
 TOKENIZER, SETTINGS, PIECES = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
+TEMPLATE = "chat_template.jinja"
 SPACE = "▁"  # SentencePiece's stand-in
 
 
@@ -37,6 +38,18 @@ def read_tokenizer(folder: Path) -> dict[str, Any]:
 def read_settings(folder: Path) -> dict[str, Any]:
     """The content of `tokenizer_config.json`; empty where there is none."""
     return read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
+
+
+def read_template(folder: Path) -> str:
+    """The chat template, from any of the places where it may be; empty where there is none."""
+    if (folder / TEMPLATE).is_file():
+        return (folder / TEMPLATE).read_text(encoding="utf-8")
+    template = read_settings(folder).get("chat_template")
+    if template is None and (folder / "chat_template.json").is_file():
+        template = read_json(folder / "chat_template.json").get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = next((t["template"] for t in template if t["name"] == "default"), "")
+    return template or ""
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alight import devices, plugins, sources
-from alight.artifact import ASKED, SOURCE, Artifact, Description, is_projector
-from alight.errors import BadInput
+from alight.artifact import ASKED, SOURCE, Artifact, Description, is_exported, is_projector
+from alight.errors import BadInput, nearest
+from alight.exported import MARKS
 from alight.preset import adapters_of
 from alight.store import Store, normal_name
 from alight.target import LoadOptions, Model
@@ -27,8 +28,8 @@ def load(name: str | Path = "builtin:smollm2", *, target: str = "auto", **option
     """Load a model and return it, ready to chat.
 
     Args:
-        name: a model of the store ("smollm2"), a `.gguf` file, or any source (`builtin:`, `hf://…`), which
-            is pulled into the store first.
+        name: a model of the store ("smollm2"), a `.gguf` file, an ONNX or MLC folder, or any source (`builtin:`,
+            `hf://…`), which is pulled into the store first.
         target: the runtime; "auto" takes the first that is here and reads the model's format.
         options: those of LoadOptions: context (tokens), threads, kv_type, flash_attention.
 
@@ -60,7 +61,7 @@ def resolve(name: str, *, store: Store | None = None, progress: Progress | None 
     if name in store:
         return store.get(name)
     path = Path(name).expanduser()
-    if path.suffix == ".gguf" and path.is_file() and "-of-" not in path.stem:
+    if (path.suffix == ".gguf" and path.is_file()) or is_exported(path):
         return Artifact.loose(path)
     if sources.is_source(name):
         known = next((a for a in store.artifacts() if a.annotations.get(ASKED) == name), None)
@@ -74,8 +75,8 @@ def pull(
     """Fetch a model into the store.
 
     Args:
-        source: `builtin:smollm2`, `hf://org/name[@rev][:file]`, `modelscope://…`, a `.gguf` file or a
-            checkpoint folder.
+        source: `builtin:smollm2`, `hf://org/name[@rev][:file]`, `modelscope://…`, a `.gguf` file, or a
+            checkpoint, ONNX or MLC folder.
         name: its name in the store; by default one taken from the source.
     """
     store = store or Store()
@@ -108,6 +109,8 @@ def describe(files: dict[str, Path], format: str, *, licence: str = "", title: s
         headers = [read_header(files[path]) for path in own]
         first = Description.of_gguf(headers[0], licence=licence, title=title)
         return replace(first, parameters=sum(h.parameters for h in headers))
+    if format in MARKS:
+        return Description.of_folder(files, licence=licence, title=title)
     from alight.planner import shape_of_checkpoint
 
     shape = shape_of_checkpoint(files)
@@ -129,12 +132,14 @@ def build(
     progress: Progress | None = None,
     **limits: Any,
 ) -> BuildResult:
-    """Build the form of a model that fits a device, measured against its source, into the store.
+    """Build the form of a model that fits a device, or exactly what is asked for, measured against its source, into
+    the store.
 
     Args:
         source: a model of the store, a file, a checkpoint or adapter folder, any source, or a recipe (.yaml).
         device: "this" (measured now; the default), a known board's name (`alight probe --list`), or a Device.
         name: the artifact's name in the store; by default the source's name and the device's, or the recipe's.
+        format: "gguf", "onnx" or "mlc", or several of them, such as "onnx,mlc": an artifact of each.
         limits: the rest of BuildRequest: types, context, streams, min_speed, max_memory, max_kl, text, tokens,
             calibration, seed, folder. A recipe says these itself, but for `folder`.
 
@@ -186,17 +191,38 @@ def prepare_build(
 ) -> tuple[Builder, BuildRequest]:
     """The builder and its request, ready for `plan` or `build`."""
     from alight.builder import BuildRequest, loose_folder
+    from alight.quantization import Form
 
-    builder: Builder = plugins.builder(format)
+    formats = _formats(format)
+    if formats == ("gguf",) and limits.get("types"):  # a wrong one is told before anything is fetched
+        limits["types"] = tuple(Form.parse(kind).name for kind in limits["types"])
+    builder: Builder = plugins.builder("gguf" if formats == ("gguf",) else "exports")
     chosen = devices.resolve(device) if isinstance(device, str) else device
     artifact = loose_folder(Path(source)) or resolve(str(source), progress=progress)
-    full = name or f"{artifact.name.partition(':')[0]}:{chosen.id}"
+    tag = chosen.id if formats == ("gguf",) else formats[0]
+    full = name or f"{artifact.name.partition(':')[0]}:{tag}"
     normal_name(full)  # a bad name is told before an hour of work
-    known = {f.name for f in fields(BuildRequest)} - {"source", "device", "name"}
+    known = {f.name for f in fields(BuildRequest)} - {"source", "device", "name", "formats"}
     for key in limits:
         if key not in known:
             raise BadInput(f"unknown build option {key!r}", hint=f"Known: {', '.join(sorted(known))}.")
-    return builder, BuildRequest(source=artifact, device=chosen, name=full, **limits)
+    return builder, BuildRequest(source=artifact, device=chosen, name=full, formats=formats, **limits)
+
+
+def _formats(text: str) -> tuple[str, ...]:
+    """The formats of "onnx,mlc,gguf".
+
+    Raises:
+        BadInput: one that nothing exports.
+    """
+    formats = tuple(dict.fromkeys(name.strip().lower() for name in text.split(",")))
+    known = plugins.names(plugins.EXPORTERS)
+    for name in formats:
+        if name not in known:
+            near = nearest(name, known)
+            hint = f"Did you mean {' or '.join(near)}? " if near else ""
+            raise BadInput(f"unknown format {name!r}", hint=f"{hint}Known: {', '.join(known)}.")
+    return formats
 
 
 def discover(timeout: float = 2.0) -> list[Peer]:

@@ -15,7 +15,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from alight.errors import InvalidModelFile
-from alight.gguf import GGUFHeader, read_header
+from alight.exported import format_of, read_exported
+from alight.gguf import GGUFHeader, parts_of, read_header, read_headers, stem_of
 
 INDEX = "application/vnd.oci.image.index.v1+json"
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -23,6 +24,7 @@ ARTIFACT = "application/vnd.cncf.model.manifest.v1+json"
 CONFIG = "application/vnd.cncf.model.config.v1+json"
 WEIGHT = "application/vnd.cncf.model.weight.v1.raw"
 WEIGHT_CONFIG = "application/vnd.cncf.model.weight.config.v1.raw"
+CODE = "application/vnd.cncf.model.code.v1.raw"
 DOC = "application/vnd.cncf.model.doc.v1.raw"
 
 FILEPATH = "org.cncf.model.filepath"
@@ -109,6 +111,24 @@ class Description:
             title=title or str(meta.get("general.name", "")),
         )
 
+    @classmethod
+    def of_folder(cls, files: Mapping[str, Path], *, licence: str = "", title: str = "") -> Description:
+        """Of the files of an ONNX or MLC folder, by their paths inside it.
+
+        Raises:
+            InvalidModelFile: they are of another kind, or damaged.
+        """
+        about = read_exported(files)
+        return cls(
+            format=about.format,
+            architecture=about.architecture,
+            parameters=about.parameters,
+            quantization=about.quantization,
+            licence=licence or about.licence,
+            family=about.architecture,
+            title=title,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
@@ -164,23 +184,61 @@ class Artifact:
             )
         return read_header(self.weights[0])
 
+    @property
+    def trained_context(self) -> int:
+        """Tokens; 0 where no file tells."""
+        if self.format == "gguf":
+            told = self.header().get("context_length")
+            return told if isinstance(told, int) else 0
+        return read_exported(self.files).trained_context if format_of(self.files) else 0
+
     def _weight_layers(self) -> list[Layer]:
         return [x for x in self.layers if x.media_type.startswith("application/vnd.cncf.model.weight.v1")]
 
     @classmethod
     def loose(cls, path: Path) -> Artifact:
-        """A GGUF file as it lies, without a store."""
-        description = Description.of_gguf(read_header(path), title=path.stem)
-        stat = path.stat()
-        layer = Layer(path.name, WEIGHT, "", stat.st_size)
-        return cls(path.stem.lower(), "", description, (layer,), {path.name: path}, modified=stat.st_mtime)
+        """A GGUF file (of a split one, any part), or an ONNX or MLC folder, as it lies, without a store.
+
+        Raises:
+            InvalidModelFile: it is of another kind, damaged, or a part of it is missing.
+        """
+        if path.is_dir():
+            return cls._loose_folder(path)
+        name, files = stem_of(path), {part.name: part for part in parts_of(path)}
+        about = Description.of_gguf(read_headers(list(files.values())), title=name)
+        stats = {inside: part.stat() for inside, part in files.items()}
+        layers = tuple(Layer(inside, WEIGHT, "", stat.st_size) for inside, stat in stats.items())
+        return cls(name.lower(), "", about, layers, files, modified=max(s.st_mtime for s in stats.values()))
+
+    @classmethod
+    def _loose_folder(cls, folder: Path) -> Artifact:
+        files = files_below(folder)
+        name = folder.resolve().name.lower()
+        stats = {path: file.stat() for path, file in files.items()}
+        layers = tuple(Layer(path, media_type(path), "", stat.st_size) for path, stat in stats.items())
+        about = Description.of_folder(files, title=name)
+        return cls(name, "", about, layers, files, modified=max(stat.st_mtime for stat in stats.values()))
+
+
+def is_exported(folder: Path) -> bool:
+    """Whether it is an ONNX or MLC folder, which `Artifact.loose` takes."""
+    return folder.is_dir() and format_of(f.name for f in folder.iterdir()) is not None
+
+
+def files_below(folder: Path) -> dict[str, Path]:
+    """All files of a folder by their paths inside it, but for hidden ones."""
+    found = (f for f in sorted(folder.rglob("*")) if f.is_file())
+    files = {f.relative_to(folder).as_posix(): f for f in found}
+    return {path: f for path, f in files.items() if not any(p.startswith(".") for p in Path(path).parts)}
 
 
 def media_type(path: str) -> str:
     """The ModelPack media type for a file, by its name."""
     name = PurePosixPath(path).name.lower()
-    if name.endswith((".gguf", ".safetensors", ".bin", ".onnx", ".onnx.data", ".so")):
+    if name.endswith((".gguf", ".safetensors", ".bin", ".onnx", ".onnx.data", ".onnx_data")):
         return WEIGHT
+    if name.endswith((".so", ".dylib", ".dll", ".wasm", ".tar")):  # compiled for a device
+        return CODE
     if (
         name in (REPORT, REPORT_PAGE)
         or name.startswith(("readme", "license", "licence"))

@@ -29,18 +29,22 @@ class BuildRequest:
     """What to build, for which device, within which limits.
 
     Args:
-        types: the forms to build, such as "Q8_0" or "Q4_K_M+imatrix"; None searches.
+        formats: of the artifacts: one for each. With GGUF alone, the best of the types is kept.
+        types: the forms to build, such as "Q8_0", "Q4_K_M+imatrix" or, of other formats, "int4" or "q4f16_1"; None
+            searches among those of GGUF, and takes the usual one of each format where there are others.
         context: tokens that each of the streams must hold. streams: sequences decoded together.
         min_speed: decode of each stream, tokens/s. max_memory: bytes. max_kl: nats, mean.
         text: what to measure quality on; None samples it from the source model.
         tokens: how many tokens to measure on.
-        calibration: text that importance matrices are made from; None samples it from the source model.
+        calibration: what importance matrices are made from: a text, or the path of a file or folder (.txt, .md, .jsonl
+            of texts or chats, .csv); the first 131,072 tokens are used. None samples it from the source model.
         folder: where to write the artifact as a plain folder, too.
     """
 
     source: Artifact
     device: Device
     name: str
+    formats: tuple[str, ...] = ("gguf",)
     types: tuple[str, ...] | None = None
     context: int = 4096
     streams: int = 1
@@ -49,7 +53,7 @@ class BuildRequest:
     max_kl: float = MAX_KL
     text: str | None = None
     tokens: int = 2048
-    calibration: str | None = None
+    calibration: str | Path | None = None
     seed: int = 0
     folder: Path | None = None
 
@@ -62,6 +66,7 @@ class Candidate:
         memory_bytes: what the process took while the model was loaded; 0: not measured, since the device is another.
         stream_speed: decode of each of the request's streams, tokens/s.
         is_source: the source as it is.
+        format: of the artifact.
     """
 
     quantization: str
@@ -73,6 +78,7 @@ class Candidate:
     is_source: bool = False
     memory_bytes: int = 0
     stream_speed: float | None = None
+    format: str = "gguf"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -101,6 +107,7 @@ class PlannedStage:
 
     Attributes:
         seconds: expected; what it took where it is `cached`; None: nothing is known to tell it from.
+        machine: what `seconds` are expected of, where it is not this machine.
         memory: bytes of the process that does it, expected; 0: small.
     """
 
@@ -108,6 +115,7 @@ class PlannedStage:
     cached: bool
     seconds: float | None
     memory: int
+    machine: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,10 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import mmap
+import re
 import struct
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,42 @@ def read_header(path: Path | str) -> GGUFHeader:
         raise InvalidModelFile(f"{path.name} has {size} bytes, too few for a GGUF", hint=_AGAIN)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         return _Reader(data, path.name).header()
+
+
+def read_headers(paths: Sequence[Path]) -> GGUFHeader:
+    """The header of a model in one file or split into several: the first's metadata, the tensors of all."""
+    first, *rest = [read_header(path) for path in paths]
+    tensors = tuple(t for header in (first, *rest) for t in header.tensors)
+    size = first.file_bytes + sum(header.file_bytes for header in rest)
+    return replace(first, tensors=tensors, file_bytes=size)
+
+
+_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+
+
+def parts_of(path: Path) -> list[Path]:
+    """The file itself, or, where it is one part of a split model ("x-00001-of-00003.gguf"), all parts in order.
+
+    Raises:
+        InvalidModelFile: a part is not beside it.
+    """
+    found = _PART.fullmatch(path.name)
+    if found is None or not 1 <= int(found["number"]) <= int(found["count"]):
+        return [path]
+    count = int(found["count"])
+    parts = [path.with_name(f"{found['stem']}-{n:05}-of-{count:05}.gguf") for n in range(1, count + 1)]
+    if missing := [part.name for part in parts if not part.is_file()]:
+        raise InvalidModelFile(
+            f"{path.name} is one of {count} parts, of which {len(missing)} are missing, first {missing[0]}",
+            hint="Put all parts into one folder.",
+        )
+    return parts
+
+
+def stem_of(path: Path) -> str:
+    """A model's name by its file's: without the suffix, and the number of a part."""
+    found = _PART.fullmatch(path.name)
+    return found["stem"] if found else path.stem
 
 
 _AGAIN = "It may be truncated or damaged: fetch it again."

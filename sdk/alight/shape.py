@@ -1,4 +1,4 @@
-"""The sizes of a model: what memory and speed depend on, and how quantization changes it.
+"""The sizes of a model: what memory and speed depend on.
 
 Everything here comes from a GGUF header or a config.json; no weights are loaded.
 """
@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alight.errors import BadInput, InvalidModelFile, nearest
+from alight.errors import InvalidModelFile
 from alight.gguf import TYPES, GGUFHeader
 
 
@@ -45,7 +45,7 @@ class Shape:
     layers: int
     hidden: int
     ffn: int
-    heads: int
+    group: int  # query heads that share a key
     kv_width: int  # numbers per token and layer in the key cache (the value cache is taken as equal)
     vocabulary: int
     trained_context: int
@@ -90,6 +90,7 @@ def shape_of_gguf(headers: Sequence[GGUFHeader]) -> Shape:
         return value
 
     heads = number("attention.head_count", 1) or 1
+    kv_heads = number("attention.head_count_kv", heads)
     hidden = number("embedding_length")
     head_width = number("attention.key_length", hidden // heads)
     vocabulary = next((t.rows for t in tensors if t.name == "token_embd.weight"), 0)
@@ -98,8 +99,8 @@ def shape_of_gguf(headers: Sequence[GGUFHeader]) -> Shape:
         layers=number("block_count"),
         hidden=hidden,
         ffn=number("feed_forward_length", 0),
-        heads=heads,
-        kv_width=head_width * number("attention.head_count_kv", heads),
+        group=heads // kv_heads if kv_heads else 1,
+        kv_width=head_width * kv_heads,
         vocabulary=vocabulary,
         trained_context=number("context_length", 0),
         tied="output.weight" not in names,
@@ -110,6 +111,8 @@ def shape_of_gguf(headers: Sequence[GGUFHeader]) -> Shape:
 def shape_of_checkpoint(files: Mapping[str, Path]) -> Shape:
     """The shape of a Hugging Face checkpoint, from its config.json and safetensors headers alone.
 
+    Of a model that sees, the shape of its language model: that is what a GGUF of it holds.
+
     Raises:
         InvalidModelFile: config.json or a safetensors header is missing or damaged.
     """
@@ -117,29 +120,47 @@ def shape_of_checkpoint(files: Mapping[str, Path]) -> Shape:
         raise InvalidModelFile("the checkpoint has no config.json", hint="Give the folder that holds it.")
     try:
         config = json.loads(files["config.json"].read_text())
-        tensors = tuple(
+        config = config.get("text_config") or config
+        tensors = _language_model(
             m
             for path, file in sorted(files.items())
             if path.endswith(".safetensors")
             for m in _safetensors(file)
         )
-        heads = int(config["num_attention_heads"])
+
+        def rows(name: str) -> int:
+            return next((t.rows for t in tensors if t.name.endswith(name)), 0)
+
         hidden = int(config["hidden_size"])
-        head_width = int(config.get("head_dim") or hidden // heads)
+        # Configs leave out what is the default of their family (those of Gemma 3 do), so tensors come first.
+        queries, keys = rows("q_proj.weight"), rows("k_proj.weight")
+        if not (queries and keys):
+            heads = int(config["num_attention_heads"])
+            width = int(config.get("head_dim") or hidden // heads)
+            queries, keys = width * heads, width * int(config.get("num_key_value_heads") or heads)
         return Shape(
             architecture=str(config.get("model_type", "unknown")),
             layers=int(config["num_hidden_layers"]),
             hidden=hidden,
             ffn=int(config.get("intermediate_size") or 4 * hidden),
-            heads=heads,
-            kv_width=head_width * int(config.get("num_key_value_heads") or heads),
-            vocabulary=int(config["vocab_size"]),
+            group=queries // keys,
+            kv_width=keys,
+            vocabulary=int(config.get("vocab_size") or rows("embed_tokens.weight")),
             trained_context=int(config.get("max_position_embeddings") or 0),
-            tied="lm_head.weight" not in {t.name for t in tensors},
+            tied=not any(t.name == "output.weight" or t.name.endswith("lm_head.weight") for t in tensors),
             tensors=tensors,
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise InvalidModelFile(f"config.json of the checkpoint is not usable: {error!r}") from error
+
+
+_LANGUAGE_MODEL = ("model.language_model.", "language_model.")  # before its tensors, where a model also sees
+
+
+def _language_model(tensors: Iterable[Matrix]) -> tuple[Matrix, ...]:
+    found = tuple(tensors)
+    own = tuple(t for t in found if t.name.startswith((*_LANGUAGE_MODEL, "lm_head.")))
+    return own if any(t.name.startswith(_LANGUAGE_MODEL) for t in own) else found
 
 
 _SAFETENSORS_TYPES = {"F64": "F64", "F32": "F32", "F16": "F16", "BF16": "BF16", "I64": "I64", "I32": "I32"}
@@ -166,116 +187,3 @@ def _safetensors(file: Path) -> Iterable[Matrix]:
         for n in rest:
             rows *= n
         yield Matrix(name, columns, rows, _SAFETENSORS_TYPES.get(info["dtype"], "F16"))
-
-
-# -- quantization types ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class QuantType:
-    """A llama.cpp quantization: the ggml types it gives to tensors.
-
-    `more` is the type of the tensors that llama.cpp keeps better (attention values and FFN outputs of
-    some layers, share `more_share`); `output` that of the output matrix.
-    """
-
-    main: str
-    output: str
-    more: str = ""
-    more_share: float = 0.0
-
-
-QUANT_TYPES: dict[str, QuantType] = {
-    "F32": QuantType("F32", "F32"),
-    "F16": QuantType("F16", "F16"),
-    "Q8_0": QuantType("Q8_0", "Q8_0"),
-    "Q6_K": QuantType("Q6_K", "Q6_K"),
-    "Q5_K_M": QuantType("Q5_K", "Q6_K", "Q6_K", 0.5),
-    "Q5_0": QuantType("Q5_0", "Q6_K"),
-    "Q4_K_M": QuantType("Q4_K", "Q6_K", "Q6_K", 0.5),
-    "Q4_K_S": QuantType("Q4_K", "Q6_K", "Q5_K", 0.125),
-    "Q4_1": QuantType("Q4_1", "Q6_K"),
-    "Q4_0": QuantType("Q4_0", "Q6_K"),
-    "Q3_K_M": QuantType("Q3_K", "Q6_K", "Q4_K", 1.0),
-    "Q2_K": QuantType("Q2_K", "Q6_K", "Q3_K", 1.0),
-}
-
-# What llama.cpp takes instead when a row is no multiple of 256 numbers.
-_FALLBACK = {"Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0", "Q3_K": "Q4_0", "Q2_K": "Q4_0"}
-
-
-def quant_type(name: str) -> str:
-    """The canonical name of a quantization type ("q4_k_m" -> "Q4_K_M")."""
-    if name.upper() not in QUANT_TYPES:
-        near = nearest(name, QUANT_TYPES)
-        raise BadInput(
-            f"unknown quantization type {name!r}",
-            hint=f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(QUANT_TYPES)}.",
-        )
-    return name.upper()
-
-
-def quantized(shape: Shape, name: str) -> Shape:
-    """The same model as llama.cpp's quantizer would write it at type `name`."""
-    kind = QUANT_TYPES[quant_type(name)]
-
-    def changed(t: Matrix, index: int) -> Matrix:
-        if t.rows == 1 or "norm" in t.name:
-            return replace(t, type="F32")
-        is_output = t.name in ("output.weight", "lm_head.weight")
-        is_embedding = t.name in ("token_embd.weight", "model.embed_tokens.weight")
-        better = any(part in t.name for part in ("attn_v.", "ffn_down.", "v_proj.", "down_proj."))
-        wanted = kind.main
-        if is_output or (is_embedding and shape.tied):
-            wanted = kind.output
-        elif better and kind.more and (index * kind.more_share) % 1 + kind.more_share >= 1:
-            wanted = kind.more
-        if t.columns % _BLOCKS[wanted][0]:
-            wanted = _FALLBACK.get(wanted, "F16")
-        if t.columns % _BLOCKS[wanted][0]:
-            wanted = "F16"
-        return replace(t, type=wanted)
-
-    better_seen: dict[str, int] = {}
-    tensors = []
-    for t in shape.tensors:
-        kind_of = t.name.rsplit(".", 2)[-2] if "." in t.name else t.name
-        index = better_seen[kind_of] = better_seen.get(kind_of, -1) + 1
-        tensors.append(changed(t, index))
-    return replace(shape, tensors=tuple(tensors))
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """A quantization type, with or without an importance matrix: "Q4_K_M" or "Q4_K_M+imatrix".
-
-    Raises:
-        BadInput: the type rounds every weight alike, so that it has no use for an importance matrix.
-    """
-
-    type: str
-    imatrix: bool = False
-
-    def __post_init__(self) -> None:
-        if self.imatrix and not takes_imatrix(self.type):
-            raise BadInput(
-                f"{self.type} has no use for an importance matrix",
-                hint=f"Those that have: {', '.join(filter(takes_imatrix, QUANT_TYPES))}.",
-            )
-
-    @property
-    def name(self) -> str:
-        return f"{self.type}+imatrix" if self.imatrix else self.type
-
-    @classmethod
-    def parse(cls, text: str) -> Form:
-        """The form that people write as "q4_k_m" or "q4_k_m+imatrix"."""
-        kind, plus, more = text.partition("+")
-        if plus and more.lower() != "imatrix":
-            raise BadInput(f"unknown form {text!r}", hint=f"Write it as {kind} or {kind}+imatrix.")
-        return cls(quant_type(kind), bool(plus))
-
-
-def takes_imatrix(kind: str) -> bool:
-    """Whether llama.cpp's quantizer weighs errors by an importance matrix for this type."""
-    return kind not in ("F32", "F16", "Q8_0")

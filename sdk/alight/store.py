@@ -2,7 +2,7 @@
 
     $ALIGHT_HOME/models/
         oci-layout  index.json  blobs/sha256/<hex>     (the OCI image layout)
-        uploads/<hex>  tmp/  lock                      (ours)
+        uploads/<hex>  folders/<hex>/  tmp/  lock      (ours)
 
 Nothing half-written is ever visible: a blob is written to tmp/, synced, then renamed; index.json is
 replaced the same way, and it names a model only after all its blobs are in place. One file lock guards
@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,11 +21,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from alight import paths
+from alight import folders, paths
 from alight.artifact import (
     INDEX,
     LINEAGE,
     MANIFEST,
+    WEIGHT,
     Artifact,
     Description,
     Layer,
@@ -252,20 +251,6 @@ class Store:
                     problems.append(Problem(full, layer.path, "content differs from its digest"))
         return problems
 
-    def materialize(self, artifact: Artifact, folder: Path) -> Path:
-        """Lay an artifact's files out under `folder` with their own names, as hard links where the disk
-        allows and copies elsewhere. The files are read-only: they are the store's own bytes."""
-        for path, blob in artifact.files.items():
-            target = folder / safe_path(path)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.unlink(missing_ok=True)
-            try:
-                os.link(blob, target)
-            except OSError:
-                with disk_full_is_ours(folder):
-                    shutil.copyfile(blob, target)
-        return folder
-
     # -- inside ----------------------------------------------------------------------------------
 
     def _refs(self) -> dict[str, str]:
@@ -340,8 +325,7 @@ class Store:
         annotations: Mapping[str, str],
     ) -> None:
         """Write config and manifest of a model whose layers are in place, and name it."""
-        kinds = (".gguf", ".safetensors")
-        weights = [x.digest for x in layers if x.path.endswith(kinds) and not is_projector(x.path)]
+        weights = [x.digest for x in layers if x.media_type == WEIGHT and not is_projector(x.path)]
         lineage = lineage or (weights[0] if len(weights) == 1 else digest_of("\n".join(weights).encode()))
         config = self._blobs.put(canonical(description.to_json(x.digest for x in layers)))
         manifest = manifest_json(config, layers, {**annotations, LINEAGE: lineage})
@@ -364,17 +348,18 @@ class Store:
 
     def _collect(self) -> int:
         """Delete blobs that no manifest in the index needs; returns the bytes freed."""
-        needed: set[str] = set()
-        for entry in self._load_index()["manifests"]:
-            needed.add(str(entry["digest"]))
+        named = {str(entry["digest"]) for entry in self._load_index()["manifests"]}
+        needed = set(named)
+        for digest in named:
             try:
-                manifest = json.loads(self.blob(entry["digest"]).read_bytes())
+                manifest = json.loads(self.blob(digest).read_bytes())
                 needed.add(manifest["config"]["digest"])
                 needed.update(layer["digest"] for layer in manifest["layers"])
             except (OSError, ValueError, KeyError, TypeError):
                 # A manifest we cannot read may still need any blob: then nothing is deleted.
                 log.warning("a manifest in %s is damaged; nothing was cleaned up", self.root)
                 return 0
+        folders.sweep(self.root, named)
         freed = 0
         for blob in self.blobs.iterdir():
             if f"sha256:{blob.name}" not in needed:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_checkpoints import TEXT
 from typer.testing import CliRunner
 
 from alight.cli import application
 from alight.errors import BadInput
+from alight.store import Store
 from alight_converters.checkpoint import Checkpoint
 
 
@@ -48,6 +50,20 @@ def test_a_dry_run_of_a_search(tiny: Checkpoint) -> None:
     assert done.exit_code == 0, done.output
     assert "Q4_0+imatrix" in done.stdout
     assert "4 streams of 512" in done.stdout
+
+
+def test_several_streams_and_calibration_from_a_file(tiny: Checkpoint, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"text": line}) for line in TEXT.read_text().splitlines() if line))
+    asked = ("--quant", "q4_0+imatrix", "--tokens", 64, "--context", 32, "-o", "one")
+    done = alight(tiny.folder, *asked, "--streams", 2, "--calibration", rows)
+    assert done.exit_code == 0, done.output
+    report = Store().get("one").report
+    assert report is not None
+    assert report["settings"]["calibration"].startswith("rows.jsonl, ")
+    (measured,) = report["candidates"]
+    assert f"{measured['stream_speed']:.1f}" in done.stdout
+    assert "TOK/S is that of each of 2 streams" in done.stdout
 
 
 def test_a_recipe_and_its_dry_run(recipe: Path) -> None:

@@ -52,6 +52,15 @@ def test_a_short_text_is_refused_with_the_numbers(tokenizer: PreTrainedTokenizer
         Calibration.of_text("a few words", tokenizer, 8, 64)
 
 
+def test_a_text_that_is_shorter_than_it_may_be_is_used_up(tokenizer: PreTrainedTokenizerFast) -> None:
+    whole = tokenizer(TEXT).input_ids
+    made = Calibration.of_text(TEXT, tokenizer, 10**6, 20, fewest=2)
+    assert made.rows.flatten().tolist() == whole[: len(whole) // 20 * 20]
+    assert len(Calibration.of_text(TEXT, tokenizer, 3, 20, fewest=2).rows) == 3
+    with pytest.raises(BadInput, match="0 rows of 64, and 2"):
+        Calibration.of_text("a few words", tokenizer, 8, 64, fewest=2)
+
+
 def test_chats_go_through_the_template(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     tokenizer.chat_template = TEMPLATE
     chats = [
@@ -81,7 +90,9 @@ def test_documents_of_a_folder_follow_each_other(tokenizer: PreTrainedTokenizerF
 @pytest.mark.parametrize(
     ("name", "content", "error", "message"),
     [
-        ("a.parquet", "", Unsupported, r"calibration from \.parquet files\nSupported are .*to_json"),
+        ("a.pdf", "", Unsupported, r"calibration from \.pdf files\nSupported are .*\.parquet"),
+        ("a.json", '[{"text": "x"}, {"txt": "y"}]', BadInput, "row 2 has neither a 'text' nor 'messages'"),
+        ("a.json", '[{"text": "x"}', BadInput, r"a\.json is not JSON"),
         ("a.jsonl", '{"text": "x"}\n{"txt": "y"}', BadInput, "line 2 has neither a 'text' nor 'messages'"),
         ("a.jsonl", "{", BadInput, "line 1 is not JSON"),
         ("a.jsonl", '{"messages": []}', BadInput, "no chat template"),

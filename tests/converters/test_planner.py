@@ -96,6 +96,17 @@ def test_limits_say_which_one_binds(shape: planner.Shape) -> None:
     assert [f.quantization for f in some] == ["Q5_K_M", "Q4_K_M", "Q4_0"]
 
 
+def test_a_form_within_the_doubt_about_memory_is_kept_where_it_is_measured(shape: planner.Shape) -> None:
+    pi = devices.profile("raspberry-pi-5-8gb")
+    predicted = planner.memory(planner.quantized(shape, "Q8_0"), context=4096).total
+    just_under = {"types": ("Q8_0",), "max_memory": int(0.97 * predicted)}
+    assert planner.plan(shape, replace(pi, id="this"), **just_under)
+    with pytest.raises(DoesNotFit):
+        planner.plan(shape, pi, **just_under)
+    with pytest.raises(DoesNotFit):
+        planner.plan(shape, replace(pi, id="this"), types=("Q8_0",), max_memory=int(0.93 * predicted))
+
+
 def test_streams_take_memory_and_share_the_arithmetic(shape: planner.Shape) -> None:
     pi = devices.profile("raspberry-pi-5-8gb")
     form = planner.quantized(shape, "Q8_0")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from pydantic import ValidationError
 from alight.errors import BadInput
 from alight_converters.calibration import Calibration
 from alight_converters.checkpoint import Checkpoint
+from alight_converters.prune.blocks import Blocks
 from alight_converters.prune.depth import PruneDepth, without_layers
 
 
@@ -171,3 +173,28 @@ def test_the_search_loses_less_of_smollm2_than_dropping_any_two_layers(
         kept = [i for i in range(30) if i not in other]
         tried = without_layers(smollm2, kept, pruning.context(tmp_path, smollm2))
         assert pruning.kl(smollm2, tried, rows.rows) > 1.5 * measured
+
+
+def test_the_plan_counts_what_the_search_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = pruning.checkpoint_of("llama", tmp_path / "model")
+    context = pruning.context(tmp_path, checkpoint)
+    run = dict.fromkeys(("layers", "heads"), 0)
+    layer, log_probs = Blocks.layer, Blocks.log_probs
+
+    def counted_layer(self: Blocks, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        run["layers"] += hidden.shape[0] * hidden.shape[1]
+        return layer(self, index, hidden)
+
+    def counted_log_probs(self: Blocks, hidden: torch.Tensor) -> torch.Tensor:
+        run["heads"] += hidden.shape[0] * hidden.shape[1]
+        return log_probs(self, hidden)
+
+    monkeypatch.setattr(Blocks, "layer", counted_layer)
+    monkeypatch.setattr(Blocks, "log_probs", counted_log_probs)
+    greedy = PruneDepth(layers=1)
+    greedy.run(checkpoint, context)
+    size = sum(math.prod(s) for n, s in checkpoint.shapes.items() if ".layers.0." in n)
+    head = math.prod(checkpoint.shapes["lm_head.weight"])
+    measured = 2 * (run["layers"] * size + run["heads"] * head)
+    assert greedy.flops(checkpoint, context.calibration.tokens) == pytest.approx(measured, rel=0.5)
+    assert greedy.flops(checkpoint, 64) > PruneDepth(layers=1, method="influence").flops(checkpoint, 64)

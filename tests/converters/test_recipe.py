@@ -10,10 +10,10 @@ import tiny_pass
 from alight.errors import BadInput
 from alight_converters import Recipe
 from alight_converters.checkpoint import Checkpoint
+from alight_converters.exports import names_of
 from alight_converters.prune.depth import PruneDepth
 from alight_converters.recipe_export import GGUF
 from alight_converters.recipe_files import read
-from alight_converters.recipe_run import names_of
 
 GOOD = """\
 source: builtin:smollm2
@@ -51,14 +51,14 @@ def test_a_whole_recipe(tmp_path: Path) -> None:
     assert isinstance(recipe.passes[0], PruneDepth)
     assert recipe.target == "raspberry-pi-5-8gb"
     assert [e.label for e in recipe.export] == ["Q4_K_M+imatrix", "mixed-90MB"]
-    assert names_of(recipe) == ["small:q4_k_m-imatrix", "small:mixed-90mb"]
+    assert names_of(recipe.name, recipe.export) == ["small:q4_k_m-imatrix", "small:mixed-90mb"]
     assert recipe.passes[1].model_dump()["beside"] == tmp_path / "x.txt", "relative to the recipe"
     assert Recipe.parse(recipe.model_dump(mode="json", by_alias=True)) == recipe
 
 
 def test_the_same_from_python() -> None:
     recipe = Recipe(source="x", name="y", passes=(PruneDepth(layers=3),), export=(GGUF(type="q8_0"),))
-    assert names_of(recipe) == ["y:latest"]
+    assert names_of(recipe.name, recipe.export) == ["y:latest"]
     assert recipe.model_dump()["passes"][0]["layers"] == 3, "a pass is written with its own settings"
 
 
@@ -77,10 +77,11 @@ def test_the_same_from_python() -> None:
         (", max_bytes: 90MB", "", "line 15: export[1]: type mixed and max_bytes belong together"),
         ("90MB", "90 MBs", "line 15: export[1].max_bytes: '90 MBs' is not a size"),
         ("format: gguf, type: mixed", "format: gguff, type: mixed", "export[1].format: unknown format 'gguff'"),
+        ("rows: 8", "text: 5", "line 5: calibration.text: must be a path, or hf://datasets/organisation/name, got 5"),
         ("rows: 8", "rows: 0", "line 5: calibration.rows: must be >= 1, got 0"),
-        ("rows: 8", "row: 8", "line 5: calibration.row: unknown key"),
+        ("rows: 8", "row: 8", "line 5: calibration.row: unknown key; did you mean rows? known: length, rows, text"),
         ("name: small", "name: Not a name!", "line 2: name: 'Not a name!' is not a model name"),
-        ("for: raspberry-pi-5-8gb", "device: tpu", "line 3: device: must match"),
+        ("for: raspberry-pi-5-8gb", "device: tpu", "line 3: device: must be cpu, cuda or cuda:N, got 'tpu'"),
         ("source: builtin:smollm2\n", "", "line 1: source: is missing"),
         ("for: raspberry-pi-5-8gb", "contxt: 64", "line 3: contxt: unknown key; did you mean context?"),
         (GOOD[GOOD.index("export") :], "export: []\n", "line 13: export: must have one entry at least"),
@@ -92,6 +93,51 @@ def test_mistakes_are_told_with_their_line(tmp_path: Path, old: str, new: str, t
     assert old in GOOD
     with pytest.raises(BadInput) as caught:
         read(written(tmp_path, GOOD.replace(old, new)))
+    assert told in caught.value.message
+
+
+DISTIL = """\
+source: builtin:smollm2
+name: small
+passes:
+  - kind: distil
+    method: {kind: logit, top_k: 8}
+    lora:
+      rank: 8
+    training:
+      steps: 3
+export:
+  - {format: gguf}
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("top_k: 8", "top_kk: 8", "line 5: passes[0].method.top_kk: unknown key; did you mean top_k? known: "),
+        ("top_k: 8", "top_k: 0", "line 5: passes[0].method.top_k: must be >= 1, got 0"),
+        ("top_k: 8", "divergence: kl", "line 5: passes[0].method.divergence: must be one of "
+         "'forward_kl', 'reverse_kl' or 'jsd', got 'kl'"),
+        ("kind: logit", "kind: logits", "line 5: passes[0].method.kind: must be one of 'logit', "
+         "'feature', 'behaviour', 'on_policy', got 'logits'"),
+        ("{kind: logit, top_k: 8}", "logits", "line 5: passes[0].method.kind: must be one of 'logit', 'feature', "),
+        ("rank: 8", "rnk: 8", "line 7: passes[0].lora.rnk: unknown key; did you mean rank? known: alpha, rank"),
+        ("rank: 8", "rank: many", "line 7: passes[0].lora.rank: input should be a valid integer"),
+        ("steps: 3", "stepps: 3", "line 9: passes[0].training.stepps: unknown key; did you mean steps? known: "),
+        ("steps: 3", "precision: fp8", "passes[0].training.precision: must be one of 'bf16' or 'float32', got 'fp8'"),
+        ("\n      rank: 8", " 8", "line 6: passes[0].lora: must be a mapping; known: alpha, rank, got 8"),
+        ("{format: gguf}", "{format: gguf, type: mixed}", "type mixed and max_bytes belong together, got {'format': "),
+        ("{format: gguf}", "{format: gguf, type: iq1_s}", "IQ1_S needs an importance matrix: set imatrix: true"),
+        ("{format: gguf}", "{format: gguf, type: bf16, imatrix: true}", "BF16 has no use for an importance matrix"),
+    ],
+)  # fmt: skip
+def test_mistakes_inside_a_pass_name_the_key_the_value_and_what_is_allowed(
+    tmp_path: Path, old: str, new: str, told: str
+) -> None:
+    assert old in DISTIL
+    read(written(tmp_path, DISTIL))
+    with pytest.raises(BadInput) as caught:
+        read(written(tmp_path, DISTIL.replace(old, new)))
     assert told in caught.value.message
 
 

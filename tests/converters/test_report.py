@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import re
 from pathlib import Path
@@ -34,6 +35,7 @@ def candidate(name: str, size: float, kl: float | None, decode: float, pareto: b
         "stream_speed": None,
         "memory_bytes": 0,
         "is_source": False,
+        "format": "gguf",
         "pareto": pareto,
     }
 
@@ -65,7 +67,7 @@ REPORT: dict[str, Any] = {
         }
     ],
     "candidates": [
-        candidate("Q8_0", 140, 0.004, 40, True),
+        candidate("Q8_0", 140, 0.004, 45, True),
         candidate("Q5_0", 120, 0.06, 30, False),
         candidate("Q4_0", 90, 0.2, 60, True),
         candidate("F16", 270, 0.0, 20, False),
@@ -73,6 +75,11 @@ REPORT: dict[str, Any] = {
     "chosen": "Q8_0",
     "reason": "the fastest",
     "samples": [{"prompt": "Who?", "source": "I am", "artifact": "Me"}],
+    "fallbacks": [
+        {"tensor": "blk.0.attn_q.weight", "wanted": "Q3_K", "taken": "Q4_0"},
+        {"tensor": "blk.1.attn_q.weight", "wanted": "Q3_K", "taken": "Q4_0"},
+        {"tensor": "token_embd.weight", "wanted": "Q6_K", "taken": "Q8_0"},
+    ],
 }
 
 
@@ -108,6 +115,32 @@ def test_the_page_shows_everything() -> None:
     text = "".join(root.itertext())
     for told in ("Chosen: Q8_0, the fastest.", "I am", "Me", "0.125", "a CPU, 2 cores", '"seed": 0', "512"):
         assert told in text
+
+
+def test_types_that_did_not_fit_are_counted_and_listed() -> None:
+    (folded,) = parsed(page(REPORT)).iter("details")
+    assert folded.findtext("summary") == "All 3"
+    assert [row.findtext("td") for row in folded.iter("tr")][1:] == [f["tensor"] for f in REPORT["fallbacks"]]
+    assert "2 are Q4_0, not Q3_K, 1 are Q8_0, not Q6_K" in page(REPORT)
+    assert "<details>" not in page(REPORT | {"fallbacks": []})
+
+
+def elsewhere(streams: int) -> dict[str, Any]:
+    """The same report of a build for another device."""
+    return REPORT | {"device": {"id": "pi", "name": "a Pi"}, "limits": {"max_kl": 0.05, "streams": streams}}
+
+
+def test_speeds_say_of_what_they_are() -> None:
+    here = copy.deepcopy(REPORT)
+    here["limits"]["streams"] = 4
+    here["candidates"][0]["stream_speed"] = 12.5
+    text = "".join(parsed(page(here)).itertext())
+    assert "decode measured, of each of 4 streams" in text and "12.5" in text
+    assert "a CPU, 2 cores, Linux x86_64, of each of 4 streams" in text
+    text = "".join(parsed(page(elsewhere(4))).itertext())
+    assert "decode measured on the building machine, one stream" in text
+    assert "decode predicted for a Pi, of each of 4 streams" in text
+    assert "memory predicted for a Pi, MB" in text
 
 
 def test_the_page_stands_alone() -> None:
@@ -146,11 +179,30 @@ def test_plots_of_odd_numbers() -> None:
         assert root.findall("text")
 
 
+def keep(tmp_path: Path, name: str, report: dict[str, Any]) -> None:
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    (tmp_path / "model.gguf").write_text("x")
+    files = {inside: tmp_path / inside for inside in ("report.json", "model.gguf")}
+    Store().add(name, files, Description("gguf"))
+
+
+def test_the_verb_shows_the_speed_that_counts(tmp_path: Path) -> None:
+    together = copy.deepcopy(REPORT)
+    together["limits"]["streams"] = 4
+    together["candidates"][0]["stream_speed"] = 12.5
+    keep(tmp_path, "here", together)
+    keep(tmp_path, "there", elsewhere(2))
+    here, there = (CliRunner().invoke(application(), ["report", name]).stdout for name in ("here", "there"))
+    assert "measured on a CPU, Linux x86_64, of each of 4 streams" in here
+    assert "12.5" in here and "45.0" not in here
+    assert "predicted for a Pi, of each of 2 streams" in there
+    assert "TOK/S~" in there and "22.5" in there and "45.0" not in there
+    assert "~ predicted for a Pi; quality is measured where it was built." in there
+
+
 @pytest.fixture
 def built(tmp_path: Path) -> None:
     """A model of the store with a report."""
-    import json
-
     files = {}
     for name, text in {
         "report.json": json.dumps(REPORT),

@@ -34,12 +34,13 @@ def plan(smollm2_file: Path) -> list[Prediction]:
 
 
 class World:
-    """What measuring would tell: predictions that are off, by type for speed and by form for KL."""
+    """What measuring would tell: predictions that are off, by type for speed and by form for KL; memory a little."""
 
     def __init__(self, plan: list[Prediction], seed: int) -> None:
         chance = random.Random(seed)
         speed_off = chance.uniform(0.5, 2)
         kl_off = chance.uniform(0.2, 5)
+        memory_off = chance.uniform(0.96, 0.99)
         speeds = {Form.parse(p.quantization).type: speed_off * chance.uniform(0.85, 1.15) for p in plan}
         kls = {Form.parse(p.quantization).type: kl_off * chance.uniform(0.7, 1.4) for p in plan}
         self.measured: list[str] = []
@@ -48,6 +49,7 @@ class World:
             kind = Form.parse(p.quantization).type
             kl = p.kl * kls[kind] * (chance.uniform(0.85, 1.1) if "+" in p.quantization else 1)
             decode = p.decode * speeds[kind]
+            memory = p.memory.total * memory_off * chance.uniform(0.99, 1.01)
             self.candidates[p.quantization] = Candidate(
                 p.quantization,
                 p.memory.weights,
@@ -55,6 +57,7 @@ class World:
                 Quality(9, 5.0, kl, kl, 0.9),
                 Speed(1.0, decode, 1.0, 9, 1),
                 0.1,
+                memory_bytes=int(memory),
             )
 
     def measure(self, p: Prediction) -> Candidate:
@@ -79,6 +82,34 @@ def test_the_search_finds_what_measuring_everything_finds(
         assert len(set(world.measured)) == len(world.measured), "nothing is measured twice"
     assert same >= 190
     assert measured / 200 < 0.6 * len(plan), "the point of a search"
+
+
+def test_the_search_keeps_what_may_fit_and_lets_measuring_decide(
+    smollm2_file: Path, plan: list[Prediction], source: alight.Artifact
+) -> None:
+    """Limits on memory that lie between what is predicted and what is measured."""
+    shape = planner.shape_of_gguf([read_header(smollm2_file)])
+    types = [p.quantization for p in plan]
+    same, dropped = 0, 0
+    for seed in range(200):
+        world = World(plan, seed)
+        chance = random.Random(seed)
+        memory = chance.choice([c.memory_bytes for c in world.candidates.values()]) + 1
+        limits = request(source, max_kl=chance.choice([0.002, 0.01, 0.03]), max_memory=memory)
+        kept = planner.plan(shape, HERE, types=types, max_memory=memory)
+        found = choose(search(kept, limits, world.measure), limits)[0]
+        best = choose(list(world.candidates.values()), limits)[0]
+        same += found is best
+        dropped += best.prediction.memory.total > memory
+    assert dropped > 50, "the best is often one that was predicted not to fit"
+    assert same >= 190
+
+
+def test_a_form_that_loses_nothing_is_a_form(plan: list[Prediction], source: alight.Artifact) -> None:
+    world = World(plan, 0)
+    for name, c in world.candidates.items():
+        world.candidates[name] = replace(c, quality=replace(c.quality, kl_mean=0.0))
+    assert search(plan, request(source, max_kl=0.01), world.measure)
 
 
 def test_a_speed_that_was_measured_counts_for_the_twin(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from sentencepiece import SentencePieceProcessor
 
 from alight import api
 from alight.errors import BadInput, InvalidModelFile, Unsupported
+from alight.quantization import quantized
+from alight.shape import Shape, shape_of_checkpoint
 from alight_converters.checkpoint import Checkpoint, write
 from alight_converters.export.gguf import export
 from alight_converters.sources import open_source
@@ -146,6 +149,32 @@ def test_gemma3_with_vision_is_read_as_its_text_model(tmp_path: Path) -> None:
         tmp_path / "whole", {"model_type": "gemma3", "text_config": text.config}, tensors, like=text
     )
     assert kl(reference(text, TOKENS), reference(open_source(whole.folder, tmp_path / "work"), TOKENS)) < 1e-9
+
+
+def test_the_shapes_of_foreign_checkpoints_are_those_of_what_they_become(tmp_path: Path) -> None:
+    def shape(folder: Path) -> Shape:
+        return shape_of_checkpoint({file.name: file for file in folder.iterdir()})
+
+    llama = Checkpoint.open(tiny_checkpoints.save(tmp_path / "llama", tiny_checkpoints.llama_config()))
+    found, wanted = shape(internlm2(llama, tmp_path / "internlm2")), shape(llama.folder)
+    assert not found.tied and not wanted.tied
+    assert found.parameters == wanted.parameters
+    assert quantized(found, "Q6_K").weight_bytes == quantized(wanted, "Q6_K").weight_bytes
+
+    config, tokens = FAMILIES["gemma3"]
+    text = Checkpoint.open(tiny_checkpoints.save(tmp_path / "text", config, tokens=tokens))
+    tensors = [(n.replace("model.", "model.language_model.", 1), t) for n, t in text.tensors()]
+    tensors.append(("model.vision_tower.embedding.weight", torch.zeros(4, 4)))
+    # As the real ones: what is the family's default is left out.
+    left_out = ("vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    sizes = {key: value for key, value in text.config.items() if key not in left_out}
+    write(tmp_path / "whole", {"model_type": "gemma3", "text_config": sizes}, tensors, like=text)
+    found, wanted = shape(tmp_path / "whole"), shape(text.folder)
+    assert found.tied
+    assert replace(found, tensors=()) == replace(wanted, tensors=())
+    assert found.parameters == wanted.parameters, "without the part that sees"
+    for kind in ("Q4_K_M", "Q4_0"):
+        assert quantized(found, kind).weight_bytes == quantized(wanted, kind).weight_bytes
 
 
 def test_old_rope_settings(tmp_path: Path) -> None:

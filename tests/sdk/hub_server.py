@@ -141,6 +141,10 @@ class _Handler(BaseHTTPRequestHandler):
                 return self.modelscope(f"{organisation}/{name}", rest, query)
             case ["api", "models", organisation, name, *rest]:
                 return self.hugging_face_api(f"{organisation}/{name}", rest, query)
+            case ["api", "datasets", organisation, name, *rest]:
+                return self.hugging_face_api(f"datasets/{organisation}/{name}", rest, query)
+            case ["datasets", organisation, name, "resolve", revision, *file]:
+                return self.hugging_face_file(f"datasets/{organisation}/{name}", revision, "/".join(file))
             case [organisation, name, "resolve", revision, *file]:
                 return self.hugging_face_file(f"{organisation}/{name}", revision, "/".join(file))
         return self.answer(404, {"error": "no such route"})

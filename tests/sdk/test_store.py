@@ -140,14 +140,6 @@ def test_verify_finds_a_flipped_bit(store: Store, weights: Path) -> None:
     assert store.verify("m")[0].what == "missing"
 
 
-def test_materialize_links(store: Store, weights: Path, tmp_path: Path) -> None:
-    artifact = add(store, weights)
-    store.materialize(artifact, tmp_path / "out")
-    out = tmp_path / "out/model.gguf"
-    assert out.stat().st_ino == artifact.weights[0].stat().st_ino
-    store.materialize(artifact, tmp_path / "out")  # again is fine
-
-
 def test_a_damaged_index_is_told(store: Store, weights: Path) -> None:
     add(store, weights)
     (store.root / "index.json").write_text('{"manif')

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from alight.errors import BadInput
 from alight_converters.checkpoint import Checkpoint
+from alight_converters.memory import RowsAtOnce
 from alight_converters.passes import Context
 from alight_converters.training.data import Batch, seed_of
-from alight_converters.training.sampling import sample, until_stop
+from alight_converters.training.sampling import sample_what_fits, until_stop
 from alight_converters.training.shards import make_shards
 from alight_converters.training.world import World
 
@@ -53,11 +54,17 @@ def written_by_teacher(
         asked = read_prompts(prompts, checkpoint.tokenizer())
     length = max(len(p.ids) + (new_tokens if p.response is None else len(p.response)) for p in asked)
 
+    at_once = RowsAtOnce(
+        SHARD_ROWS,
+        f"writing {new_tokens} tokens after each prompt",
+        f"Set new_tokens below {new_tokens}, shorter prompts, or use a device with more memory.",
+    )
+
     def make(shard: int) -> dict[str, Tensor]:
         part = asked[shard * SHARD_ROWS : (shard + 1) * SHARD_ROWS]
         open_ones = [p.ids for p in part if p.response is None]
         seed = seed_of(context.seed, shard)
-        made = iter(_answers(teacher, open_ones, new_tokens, temperature, seed, stop))
+        made = iter(_answers(at_once, teacher, open_ones, new_tokens, temperature, seed, stop))
         rows = [(p.ids, next(made) if p.response is None else p.response) for p in part]
         return _padded(rows, length)
 
@@ -109,6 +116,7 @@ def _prompt(entry: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Prompt
 
 
 def _answers(
+    at_once: RowsAtOnce,
     teacher: PreTrainedModel,
     prompts: list[list[int]],
     new_tokens: int,
@@ -121,7 +129,8 @@ def _answers(
     width = max(map(len, prompts))
     present = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], dtype=torch.bool)
     tokens = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
-    whole = sample(
+    whole = sample_what_fits(
+        at_once,
         teacher,
         tokens.to(teacher.device),
         new_tokens,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -33,6 +33,8 @@ class Distil(Pass):
         random_student: changes to the teacher's config, for a student that starts with random weights.
         lora: train low-rank adapters, which are merged at the end. None: train all weights.
     """
+
+    in_all_processes: ClassVar[bool] = True
 
     kind: Literal["distil"] = "distil"
     method: Method = Field(default=Logit(), discriminator="kind")
@@ -67,7 +69,8 @@ class Distil(Pass):
             self.lora.attach(model)
         compute = torch.bfloat16 if self.training.precision == "bf16" else torch.float32
         frozen = teacher.load(compute, world.device).requires_grad_(False)
-        objective, batches = self.method.prepare(Setting(model, frozen, teacher, context, world, run))
+        setting = Setting(model, frozen, teacher, context, world, run, self.training)
+        objective, batches = self.method.prepare(setting)
         train(objective, batches, self.training, context, world, name="distil", run=run)
         if self.lora:
             self.lora.merge(model)

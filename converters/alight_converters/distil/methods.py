@@ -12,7 +12,9 @@ from alight_converters.checkpoint import Checkpoint
 from alight_converters.distil.behaviour import written_by_teacher
 from alight_converters.distil.features import FeatureObjective
 from alight_converters.distil.on_policy import SomeOnPolicy
+from alight_converters.memory import RowsAtOnce
 from alight_converters.passes import Context
+from alight_converters.training.config import Training
 from alight_converters.training.data import Batch, Batches, Shuffled
 from alight_converters.training.head import SplitModel
 from alight_converters.training.losses import Divergence, DivergenceKind
@@ -39,6 +41,7 @@ class Setting:
     context: Context
     world: World
     run: str
+    training: Training
 
     @property
     def rows(self) -> Batch:
@@ -164,6 +167,11 @@ class OnPolicy(_Soft):
             prompt_tokens=self.prompt_tokens,
             temperature=self.sampling_temperature,
             seed=setting.context.seed,
+            at_once=RowsAtOnce(
+                setting.training.batch,
+                "writing the student's own text",
+                "Use shorter rows, or a device with more memory.",
+            ),
         )
         return Objective(setting.student, self._live(setting)), batches
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from alight.errors import BadInput
+from alight_converters.memory import RowsAtOnce
 from alight_converters.training.data import Batch, Batches, seed_of
-from alight_converters.training.sampling import sample, until_stop
+from alight_converters.training.sampling import sample_what_fits, until_stop
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,6 +31,7 @@ class SomeOnPolicy:
     prompt_tokens: int
     temperature: float
     seed: int
+    at_once: RowsAtOnce
 
     def __call__(self, step: int, size: int, rank: int, processes: int) -> Batch:
         given = self.batches(step, size, rank, processes)
@@ -38,7 +40,8 @@ class SomeOnPolicy:
             raise BadInput(f"prompt_tokens is {self.prompt_tokens}, rows have {length} tokens")
         if random.Random(seed_of(self.seed, step)).random() >= self.share:
             return given
-        written = sample(
+        written = sample_what_fits(
+            self.at_once,
             self.student,
             given.tokens[:, : self.prompt_tokens].to(self.student.device),
             length - self.prompt_tokens,

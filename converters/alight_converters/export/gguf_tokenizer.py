@@ -25,6 +25,7 @@ from alight_converters.tokenizer_files import (
     merges_of,
     read_json,
     read_settings,
+    read_template,
     read_tokenizer,
     token_text,
 )
@@ -77,7 +78,7 @@ def vocabulary(checkpoint: Checkpoint) -> Vocabulary:
         found["scores"] = [float(by_id.get(n, _WORST)) for n in range(size)]
     found |= _special(tokenizer, settings, checkpoint, ids)
     metadata = {f"tokenizer.ggml.{key}": value for key, value in found.items()}
-    if template := _template(checkpoint.folder, settings):
+    if template := read_template(checkpoint.folder):
         metadata["tokenizer.chat_template"] = template
     return Vocabulary(metadata, _name(checkpoint, added))
 
@@ -273,18 +274,6 @@ def _template_ends(tokenizer: Mapping[str, Any]) -> tuple[str, str]:
             first, last = (step["single"][n].get("SpecialToken", {}).get("id", "") for n in (0, -1))
             return first, last
     return "", ""
-
-
-def _template(folder: Path, settings: Mapping[str, Any]) -> str:
-    """The chat template, from any of the places where it may be."""
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    template = settings.get("chat_template")
-    if template is None and (folder / "chat_template.json").is_file():
-        template = read_json(folder / "chat_template.json").get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = next((t["template"] for t in template if t["name"] == "default"), "")
-    return template or ""
 
 
 def _name(checkpoint: Checkpoint, added: list[dict[str, Any]]) -> str:

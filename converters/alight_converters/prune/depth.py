@@ -80,6 +80,17 @@ class PruneDepth(PruneSize):
         )
         return made
 
+    def flops(self, checkpoint: Checkpoint, tokens: int) -> float:
+        """Each removal runs, for every layer that may go, those after it and the head; the layers before it are run
+        once for all, and the source once."""
+        layers = sorted(_layer_sizes(checkpoint), reverse=True)
+        layer, head = sum(layers) / len(layers), checkpoint.parameters - sum(layers)
+        work = float(checkpoint.parameters)  # block influence
+        for kept in range(len(layers), self._layers_to_keep(checkpoint), -1):
+            tried = kept if self.method == "greedy" else 1
+            work += tried * (layer * (kept - 1) / 2 + head) + layer * kept + checkpoint.parameters
+        return 2 * work * min(tokens, self.tokens)
+
     def _layers_to_keep(self, checkpoint: Checkpoint) -> int:
         sizes = sorted(_layer_sizes(checkpoint), reverse=True)
         if self.layers is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,8 @@ class QAT(Pass):
         grid: q4_0 and q8_0 of GGUF, q4f16_1 and q4f32_1 of MLC, onnx_int4 of ONNX Runtime's MatMulNBits.
         teacher: a checkpoint folder. None: the checkpoint that the recipe began with.
     """
+
+    in_all_processes: ClassVar[bool] = True
 
     kind: Literal["qat"] = "qat"
     grid: Literal["q4_0", "q8_0", "q4f16_1", "q4f32_1", "onnx_int4"] = "q4_0"

@@ -34,6 +34,10 @@ log = logging.getLogger(__name__)
 
 FLOATS = ("F32", "F16", "BF16")
 
+Fallbacks = dict[
+    str, tuple[str, str]
+]  # tensors whose rows the wanted type cannot divide: (wanted, taken instead)
+
 _PLANNED = re.compile(
     r"^\[ *\d+/ *\d+\] (\S+) +- \[.*?\], type = +(\w+), size = .*?(?:MiB -> .* \((\w+)\))?$", re.M
 )
@@ -49,12 +53,11 @@ class Plan:
 
     Attributes:
         types: ggml type of each tensor.
-        fallbacks: tensors whose rows the wanted type cannot divide: (wanted, taken instead).
         bytes: size of all tensors.
     """
 
     types: dict[str, str]
-    fallbacks: dict[str, tuple[str, str]]
+    fallbacks: Fallbacks
     bytes: int
 
 
@@ -65,6 +68,7 @@ def quantize(
     *,
     imatrix: Path | Imatrix | None = None,
     tensor_types: Mapping[str, str] | None = None,
+    fallbacks: Fallbacks | None = None,
 ) -> Path:
     """Write `source` (any GGUF; a quantized one is dequantized first) to `target` at a quantization type.
 
@@ -77,6 +81,7 @@ def quantize(
         type: llama.cpp's file type, "Q4_K_M".
         imatrix: importance of each input column; types below three bits need it.
         tensor_types: ggml types ("Q4_K") by tensor name, where they shall differ from those of `type`.
+        fallbacks: filled with the tensors that fell back.
 
     Raises:
         BadInput: an unknown type or tensor; an imatrix of another model, or none where one is needed.
@@ -84,7 +89,18 @@ def quantize(
     """
     with appearing(target) as part:
         words = _run(source, part, type, imatrix, tensor_types, dry_run=False)
-    _tell(_fallbacks(words))
+    found = _fallbacks(words)
+    if fallbacks is not None:
+        fallbacks |= found
+    _tell(found)
+    return target
+
+
+def merge(source: Path, target: Path) -> Path:
+    """Write a GGUF that is split into several files, of which `source` is the first, as one, bit for bit. Raises as
+    `quantize` does."""
+    with appearing(target) as part:
+        _run(source, part, "F32", None, None, dry_run=False, copy=True)
     return target
 
 
@@ -132,6 +148,7 @@ def _run(
     tensor_types: Mapping[str, str] | None,
     *,
     dry_run: bool,
+    copy: bool = False,
 ) -> str:
     """Check the arguments, run the child process, return llama.cpp's log."""
     kind = file_type(type)
@@ -146,6 +163,7 @@ def _run(
         "kind": kind,
         "tensor_types": _checked(source, kind, tensor_types or {}),
         "dry_run": dry_run,
+        "copy": copy,  # whatever `type` says
     }
     with _as_file(imatrix) as file:
         request["imatrix"] = str(file) if file else None
@@ -220,12 +238,12 @@ def _needs_imatrix(kind: str, where: str = "") -> BadInput:
     )
 
 
-def _fallbacks(words: str) -> dict[str, tuple[str, str]]:
+def _fallbacks(words: str) -> Fallbacks:
     found = _FELL_BACK.findall(words)
     return {name: (wanted.upper(), taken.upper()) for name, _, wanted, taken in found}
 
 
-def _tell(fallbacks: Mapping[str, tuple[str, str]]) -> None:
+def _tell(fallbacks: Fallbacks) -> None:
     for (wanted, taken), count in Counter(fallbacks.values()).items():
         log.warning(
             "%d of the tensors are %s, not %s: their rows are no multiple of %s's block, for example %s",
@@ -247,6 +265,7 @@ def main() -> int:
     params.allow_requantize = True
     params.nthread = psutil.cpu_count(logical=False) or 1
     params.dry_run = request["dry_run"]
+    params.only_copy = request["copy"]
     if request["imatrix"]:
         loaded = Imatrix.load(Path(request["imatrix"]))
         means = {name: loaded.mean(name) for name in loaded.sums}  # native code reads them: keep them alive

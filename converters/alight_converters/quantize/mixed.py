@@ -59,20 +59,50 @@ def choose_types(
     Raises:
         BadInput: an unknown type, or a budget below the smallest mix.
     """
+    options = options_of(
+        checkpoint, calibration, imatrix, types=types, device=device, seed=seed, progress=progress
+    )
+    fixed = fixed_bytes(checkpoint)
+    chosen = solve(options, budget - fixed)
+    if measured is not None:
+        measured |= told(options, chosen, fixed)
+    return {name: option.type for name, option in chosen.items()}
+
+
+def options_of(
+    checkpoint: Checkpoint,
+    calibration: Calibration,
+    imatrix: Imatrix,
+    *,
+    types: Sequence[str] = TYPES,
+    device: str = "cpu",
+    seed: int = 0,
+    progress: Progress = silent,
+) -> dict[str, list[Option]]:
+    """What each matrix would take and lose at each type: the part that takes long, and is the same for all budgets.
+
+    Raises:
+        BadInput: an unknown type, or a matrix that none of them can divide.
+    """
     types = [tensor_type(name) for name in types]
     fishers = sensitivity.measure(
         checkpoint, calibration, imatrix, device=device, seed=seed, progress=progress
     )
-    options = _options(checkpoint, imatrix, fishers, types, progress)
-    fixed = sum(4 * shape[0] for shape in checkpoint.shapes.values() if len(shape) == 1)  # norms stay float32
-    chosen = solve(options, budget - fixed)
-    if measured is not None:
-        measured |= {
-            "bytes": fixed + sum(option.bytes for option in chosen.values()),
-            "estimated_kl": sum(option.kl for option in chosen.values()),
-            "tensors": {name: {o.type: o.kl for o in options[name]} for name in sorted(options)},
-        }
-    return {name: option.type for name, option in chosen.items()}
+    return _options(checkpoint, imatrix, fishers, types, progress)
+
+
+def fixed_bytes(checkpoint: Checkpoint) -> int:
+    """What is not chosen: vectors stay float32."""
+    return sum(4 * shape[0] for shape in checkpoint.shapes.values() if len(shape) == 1)
+
+
+def told(options: Mapping[str, Sequence[Option]], chosen: Mapping[str, Option], fixed: int) -> dict[str, Any]:
+    """What the report says of a mix: its size and estimated KL, and the estimated KL of each tensor at each type."""
+    return {
+        "bytes": fixed + sum(option.bytes for option in chosen.values()),
+        "estimated_kl": sum(option.kl for option in chosen.values()),
+        "tensors": {name: {o.type: o.kl for o in options[name]} for name in sorted(options)},
+    }
 
 
 def solve(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:

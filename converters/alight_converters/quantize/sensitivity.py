@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from alight_converters.calibration import Calibration
 from alight_converters.checkpoint import Checkpoint
+from alight_converters.memory import out_of_memory_is
 from alight_converters.passes import Progress, silent
 from alight_converters.quantize.imatrix import Imatrix, matrix_names
 
@@ -69,16 +70,21 @@ def measure(
         model.get_submodule(module).register_full_backward_hook(see(name))
     generator = torch.Generator(device).manual_seed(seed)
     rows = calibration.rows
+    length = rows.shape[1]
     for number, row in enumerate(rows):
-        embedded = model.get_input_embeddings()(row[None].to(device)).requires_grad_()
-        logits = model(inputs_embeds=embedded, use_cache=False).logits[0].float()
-        p = logits.detach().softmax(-1)
-        drawn = p.multinomial(1, generator=generator)[:, 0]
-        loss: Any = torch.nn.functional.cross_entropy(logits, drawn, reduction="sum")
-        loss.backward()
-        # For the head the mean over all tokens that could be drawn is known: it needs no gradient.
-        squares[head] = squares.get(head, 0) + (p * (1 - p)).sum(0, dtype=torch.float64)
-        add(_LOOKUP, embedded.grad)
+        with out_of_memory_is(
+            f"the gradient of a row of {length} tokens",
+            f"Rows are taken one by one: try calibration.length {length // 2}, or a device with more memory.",
+        ):
+            embedded = model.get_input_embeddings()(row[None].to(device)).requires_grad_()
+            logits = model(inputs_embeds=embedded, use_cache=False).logits[0].float()
+            p = logits.detach().softmax(-1)
+            drawn = p.multinomial(1, generator=generator)[:, 0]
+            loss: Any = torch.nn.functional.cross_entropy(logits, drawn, reduction="sum")
+            loss.backward()
+            # For the head the mean over all tokens that could be drawn is known: it needs no gradient.
+            squares[head] = squares.get(head, 0) + (p * (1 - p)).sum(0, dtype=torch.float64)
+            add(_LOOKUP, embedded.grad)
         progress("sensitivity", number + 1, len(rows))
 
     looked_up = (_frequencies(calibration, len(squares[head])), _mean(squares.pop(_LOOKUP), calibration))

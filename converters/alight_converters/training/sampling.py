@@ -6,8 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from alight_converters.memory import RowsAtOnce
+from alight_converters.training.data import seed_of
 from alight_converters.training.head import evaluating
 
 if TYPE_CHECKING:
@@ -52,6 +55,39 @@ def sample(
                 if bool(stopped.all()):
                     break
     return tokens
+
+
+def sample_what_fits(
+    at_once: RowsAtOnce,
+    model: PreTrainedModel,
+    prompts: Tensor,
+    new_tokens: int,
+    *,
+    seed: int,
+    temperature: float = 1.0,
+    present: Tensor | None = None,
+    stop: int | None = None,
+) -> Tensor:
+    """`sample`, as many rows together as fit the memory. In parts, each draws with a seed of its own."""
+
+    def in_parts(rows: int) -> Tensor:
+        parts = []
+        for i in range(0, len(prompts), rows):
+            parts.append(
+                sample(
+                    model,
+                    prompts[i : i + rows],
+                    new_tokens,
+                    seed=seed_of(seed, i) if i else seed,
+                    temperature=temperature,
+                    present=None if present is None else present[i : i + rows],
+                    stop=stop,
+                )
+            )
+        longest = max(part.shape[1] for part in parts)  # those that all stopped early are shorter
+        return torch.cat([F.pad(part, (0, longest - part.shape[1]), value=stop or 0) for part in parts])
+
+    return at_once.run(in_parts)
 
 
 def until_stop(tokens: Tensor, start: int, stop: int | None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 from alight.errors import BadInput
 from alight_converters.checkpoint import Checkpoint
+from alight_converters.memory import RowsAtOnce
 from alight_converters.passes import Progress
 from alight_converters.training.data import Batch
 from alight_converters.training.head import SplitModel
@@ -87,23 +89,33 @@ class StoredTeacher:
 
         Args:
             shared: rows of the student's head; the teacher's may have more.
+            rows_at_once: through the teacher; fewer where they do not fit.
         """
         vocabulary = min(model.weight.shape[0], shared)  # beyond it, rows that only pad the vocabulary
         if not 1 <= k <= vocabulary:
             raise BadInput(f"top_k is {k}, there are {vocabulary} tokens to choose from")
         narrow = torch.uint16 if vocabulary <= 1 << 16 else torch.int32
 
+        at_once = RowsAtOnce(
+            rows_at_once,
+            f"the teacher's top {k} over rows of {data.tokens.shape[1]} tokens",
+            "Use shorter rows, or a device with more memory.",
+        )
+
         @torch.no_grad()
-        def make(shard: int) -> dict[str, Tensor]:
+        def top(rows: Batch, at_once: int) -> dict[str, Tensor]:
             ids, log_probs = [], []
-            rows = data.take(torch.arange(shard * SHARD_ROWS, min((shard + 1) * SHARD_ROWS, len(data))))
-            for part in rows.split(rows_at_once):
+            for part in rows.split(at_once):
                 hidden = model.hidden(part.to(world.device).tokens)[:, :-1]
                 logits = model.finish(F.linear(hidden, model.weight[:vocabulary]))
-                top = divergence.log_probs(logits).topk(k, dim=-1)
-                ids.append(top.indices.to(narrow))
-                log_probs.append(top.values)
+                kept = divergence.log_probs(logits).topk(k, dim=-1)
+                ids.append(kept.indices.to(narrow))
+                log_probs.append(kept.values)
             return {"ids": torch.cat(ids), "log_probs": torch.cat(log_probs)}
+
+        def make(shard: int) -> dict[str, Tensor]:
+            rows = data.take(torch.arange(shard * SHARD_ROWS, min((shard + 1) * SHARD_ROWS, len(data))))
+            return at_once.run(partial(top, rows))
 
         count = -(-len(data) // SHARD_ROWS)
         files = make_shards(folder, count, make, world, progress, f"teacher's top {k}")

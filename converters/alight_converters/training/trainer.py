@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from alight.errors import BadInput
+from alight_converters.memory import out_of_memory_is, release, unless_out_of_memory
 from alight_converters.passes import Context
 from alight_converters.training.config import Training
 from alight_converters.training.data import Batch, Batches
@@ -21,6 +23,12 @@ from alight_converters.training.state import State
 from alight_converters.training.world import World
 
 _log = logging.getLogger(__name__)
+
+# At that time no activations are in memory, so fewer rows would not help.
+_NO_ROOM_FOR_ADAMW = (
+    "It takes 8 bytes for each, whatever rows_at_once is: train adapters (distil's lora), a smaller student, or use a "
+    "device with more memory."
+)
 
 
 def train(
@@ -43,8 +51,8 @@ def train(
         The mean loss per predicted token of each step.
 
     Raises:
-        BadInput: not enough memory for `rows_at_once`, with the number that would fit; or the loss is no longer
-            a number.
+        BadInput: not enough memory for `rows_at_once`, with the number that would fit, or for AdamW's state; or the
+            loss is no longer a number.
     """
     torch.manual_seed(context.seed)
     student: Any = objective.student
@@ -52,6 +60,7 @@ def train(
     if training.gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     weights = [p for p in objective.parameters() if p.requires_grad]
+    trained = sum(p.numel() for p in weights)
     optimizer = torch.optim.AdamW(
         weights, training.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=world.device != "cpu"
     )
@@ -73,7 +82,8 @@ def train(
                 hint=f"Lower learning_rate; it is {training.learning_rate:g}.",
             )
         nn.utils.clip_grad_norm_(weights, training.max_norm)
-        optimizer.step()
+        with out_of_memory_is(f"{name}: AdamW's state of {trained / 1e6:,.1f} M weights", _NO_ROOM_FOR_ADAMW):
+            optimizer.step()  # the first step makes it
         optimizer.zero_grad()
         state.step += 1
         state.losses.append(loss)
@@ -125,7 +135,7 @@ class _Steps:
     def gradients(self, batch: Batch) -> float:
         """Leave the gradients of the mean loss per predicted token in the weights, and return that loss."""
         while True:
-            loss = self._unless_out_of_memory(batch)
+            loss = unless_out_of_memory(partial(self._accumulate, batch))
             if loss is None:
                 self.module.zero_grad()
                 self._use_fewer_rows(batch.tokens.shape[1])
@@ -137,17 +147,6 @@ class _Steps:
             else:
                 return loss
 
-    def _unless_out_of_memory(self, batch: Batch) -> float | None:
-        """None where memory is out. It returns before anything is tried again: the traceback holds tensors."""
-        try:
-            return self._accumulate(batch)
-        except torch.OutOfMemoryError:
-            return None
-        except RuntimeError as error:
-            if "can't allocate memory" not in str(error):  # how the CPU says it
-                raise
-            return None
-
     def _use_fewer_rows(self, length: int) -> None:
         tried, self.rows = self.rows, self.rows // 2
         what = f"training on {tried} rows of {length} tokens at once runs out of memory"
@@ -156,8 +155,7 @@ class _Steps:
             raise BadInput(what, hint=hint)
         if self.world.size > 1:  # the other processes wait in the middle of this step
             raise BadInput(what, hint=f"Set rows_at_once to {self.rows}. batch stays what it is.")
-        if self.world.device != "cpu":
-            torch.cuda.empty_cache()
+        release()
         _log.warning("%s: trying %d, accumulated to the same batch", what, self.rows)
 
     def _accumulate(self, batch: Batch) -> float:

@@ -24,7 +24,7 @@ from alight.cli.describe import artifact_json, one_line
 from alight.cli.output import AsJson, complete_model, console, err, human_bytes, print_json, progress, table
 from alight.devices import Device
 from alight.errors import BadInput
-from alight.planner import DEFAULT_CONTEXT, Form, Prediction
+from alight.planner import DEFAULT_CONTEXT, Prediction
 
 
 def command(
@@ -50,7 +50,8 @@ def command(
     quant: Annotated[
         list[str] | None,
         typer.Option(
-            help="Exactly this form, such as q4_k_m or q4_k_m+imatrix; repeat for several.", metavar="TYPE"
+            help="Exactly this form, such as q4_k_m, q4_k_m+imatrix, int4 or q4f16_1; repeat for several.",
+            metavar="TYPE",
         ),
     ] = None,
     min_speed: Annotated[
@@ -72,17 +73,22 @@ def command(
     tokens: Annotated[int, typer.Option(help="How many tokens to measure on.", min=32)] = 2048,
     calibration: Annotated[
         Path | None,
-        typer.Option(help="Make importance matrices from this text; by default from text the model writes."),
+        typer.Option(
+            help="Make importance matrices from this file or folder: .txt, .md, .jsonl (texts or chats) or .csv; "
+            "by default from text the model writes."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the text that the model writes.", min=0)] = 0,
-    format: Annotated[str, typer.Option(help="The artifact's format.")] = "gguf",
+    format: Annotated[
+        str, typer.Option(help="gguf, onnx or mlc; several, such as onnx,mlc, give one artifact each.")
+    ] = "gguf",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
     json: AsJson = False,
 ) -> None:
     """Make the form of a model that fits a device, measured against its source; or run a recipe.
 
-    Without --quant it searches: forms are predicted, the promising ones built and measured, and the fastest
-    that loses little enough is kept.
+    Without --quant it searches among the types of GGUF: they are predicted, the promising ones built and measured,
+    and the fastest that loses little enough is kept. Other formats are built in their usual type.
 
     Example: alight build smollm2 --for raspberry-pi-5-4gb -o smollm2-pi
     """
@@ -92,7 +98,7 @@ def command(
         _recipe(Path(source), asked, name, folder, dry_run=dry_run, json=json)
         return
     limits = {
-        "types": tuple(Form.parse(q).name for q in quant) if quant else None,
+        "types": tuple(quant) if quant else None,
         "context": length,
         "streams": streams,
         "min_speed": min_speed,
@@ -100,7 +106,7 @@ def command(
         "max_kl": max_kl,
         "text": read_text(text) if text else None,
         "tokens": tokens,
-        "calibration": read_text(calibration) if calibration else None,
+        "calibration": calibration,
         "seed": seed,
         "folder": folder,
     }
@@ -168,15 +174,19 @@ def print_result(result: BuildResult, request: BuildRequest) -> None:
     """The candidates as a table, the choice and its reason."""
     _print_candidates(result, request.device.name, measured=request.device.id == "this")
     console.print(Text(f"chosen: {result.chosen.quantization}, {result.reason}"))
-    console.print(Text(one_line(result.artifact)), soft_wrap=True)
+    for artifact in result.artifacts:
+        console.print(Text(one_line(artifact)), soft_wrap=True)
 
 
 def _print_candidates(result: BuildResult, device: str, *, measured: bool) -> None:
     """The candidates; those of the Pareto front have a star, and the chosen one is green."""
-    speed = "TOK/S" if measured else "TOK/S~"
-    rows = table("TYPE", "SIZE", "KL", "TOP-1", "PPL", speed, right=("SIZE", "KL", "TOP-1", "PPL", speed))
+    speed, memory = ("TOK/S", "MEMORY") if measured else ("TOK/S~", "MEMORY~")
+    numbers = ("SIZE", "KL", "TOP-1", "PPL", speed, memory)
+    rows = table("TYPE", *numbers, right=numbers)
+    several = len({c.format for c in result.candidates}) > 1
     for c in result.candidates:
         cells = _row(c, measured)
+        cells[0] = f"{c.format} {cells[0]}" if several else cells[0]
         cells[0] += " *" if c in result.front else ""
         rows.add_row(*cells, style="bold green" if c is result.chosen else None)
     console.print(rows)
@@ -184,6 +194,9 @@ def _print_candidates(result: BuildResult, device: str, *, measured: bool) -> No
         console.print(Text("* no other is smaller, closer and faster at once"), style="dim")
     if not measured:
         console.print(Text(f"~ predicted for {device}; quality is measured here."), style="dim")
+    streams = result.chosen.prediction.streams
+    if streams > 1:
+        console.print(Text(f"TOK/S is that of each of {streams} streams."), style="dim")
 
 
 def _row(c: Candidate, here: bool) -> list[str]:
@@ -194,8 +207,16 @@ def _row(c: Candidate, here: bool) -> list[str]:
         f"{q.kl_mean:.4f}" if q.kl_mean is not None else "",
         f"{q.top1:.1%}" if q.top1 is not None else "",
         f"{q.perplexity:.2f}",
-        f"{c.speed.decode if here else c.prediction.decode:.1f}",
+        f"{_decode(c, here):.1f}",
+        human_bytes((c.memory_bytes if here else 0) or c.prediction.memory.total),
     ]
+
+
+def _decode(c: Candidate, here: bool) -> float:
+    """Tokens/s of each stream: measured where the device is this machine, predicted for any other."""
+    if not here:
+        return c.prediction.decode
+    return c.speed.decode if c.stream_speed is None else c.stream_speed
 
 
 def _print_recipe(plan: RecipePlan) -> None:
@@ -216,7 +237,8 @@ def _time(stage: PlannedStage) -> str:
     if stage.seconds is None:
         return "not known"
     minutes = stage.seconds / 60
-    return f"about {stage.seconds:.0f} s" if minutes < 2 else f"about {minutes:.0f} min"
+    on = f" on {stage.machine}" if stage.machine else ""
+    return (f"about {stage.seconds:.0f} s" if minutes < 2 else f"about {minutes:.0f} min") + on
 
 
 def _print_plan(plan: list[Prediction], device: Device) -> None:

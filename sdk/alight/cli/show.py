@@ -20,6 +20,7 @@ from alight.cli.output import (
     print_json,
     table,
 )
+from alight.exported import MARKS, read_exported
 from alight.store import Store
 
 
@@ -49,7 +50,14 @@ def _everything(artifact: Artifact) -> dict[str, Any]:
 
 
 def _header(artifact: Artifact) -> dict[str, Any]:
-    """What only the weight file says."""
+    """What only the model's own files say."""
+    if artifact.format in MARKS:
+        about = read_exported(artifact.files)
+        return {
+            "trained_context": about.trained_context or None,
+            "layers": about.layers or None,
+            "chat_template": about.chat_template,
+        }
     if artifact.format != "gguf":
         return {}
     header = artifact.header()

@@ -11,7 +11,9 @@ from alight import planner
 from alight.artifact import Artifact
 from alight.devices import cgroup
 from alight.errors import DoesNotFit, InvalidModelFile
+from alight.exported import MARKS, read_exported
 from alight.gguf import read_header
+from alight.shape import Matrix
 from alight.target import LoadOptions
 
 
@@ -73,12 +75,33 @@ def fits(bytes_needed: int, bytes_free: int) -> bool:
 
 
 def _shape(artifact: Artifact) -> planner.Shape | None:
-    if artifact.format != "gguf":
-        return None
     try:
+        if artifact.format in MARKS:
+            return _shape_of_exported(artifact)
+        if artifact.format != "gguf":
+            return None
         return planner.shape_of_gguf([read_header(file) for file in artifact.weights])
     except InvalidModelFile:  # the target says what is wrong with it
         return None
+
+
+def _shape_of_exported(artifact: Artifact) -> planner.Shape | None:
+    """All weights as one matrix of bytes: only what they take together is known."""
+    about = read_exported(artifact.files)
+    if not about.layers or not about.kv_width:
+        return None
+    return planner.Shape(
+        architecture=about.architecture,
+        layers=about.layers,
+        hidden=about.hidden,
+        ffn=0,
+        group=1,
+        kv_width=2 * about.kv_width,  # in float32, where llama.cpp keeps float16
+        vocabulary=about.vocabulary,
+        trained_context=about.trained_context,
+        tied=True,
+        tensors=(Matrix("weights", artifact.size, 1, "I8"),),
+    )
 
 
 def _size(file: Path) -> int:

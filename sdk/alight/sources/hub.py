@@ -6,7 +6,7 @@ import contextlib
 import logging
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -27,12 +27,17 @@ _ADDRESS = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """`scheme://organisation/name[@revision][:file]`."""
+    """`scheme://organisation/name[@revision][:file]`; of a data set, `scheme://datasets/organisation/…`.
+
+    Attributes:
+        kind: "model" or "dataset".
+    """
 
     scheme: str
     id: str
     revision: str | None
     file: str | None
+    kind: str = "model"
 
     @classmethod
     def parse(cls, source: str) -> Address:
@@ -52,14 +57,33 @@ class Address:
             match["scheme"], f"{match['organisation']}/{match['name']}", match["revision"], match["file"]
         )
 
+    @classmethod
+    def of_dataset(cls, source: str) -> Address:
+        """Take the source of a data set apart.
+
+        Raises:
+            BadInput: it has another form.
+        """
+        scheme, datasets, rest = source.partition("://datasets/")
+        match = _ADDRESS.fullmatch(f"{scheme}://{rest}") if datasets else None
+        if match is None or {match["organisation"], match["name"]} & {".", ".."}:
+            raise BadInput(
+                f"{source!r} is no address of a data set",
+                hint=f"Write it as {scheme or 'hf'}://datasets/organisation/name[@revision][:file].",
+            )
+        id = f"{match['organisation']}/{match['name']}"
+        return cls(scheme, id, match["revision"], match["file"], "dataset")
+
     def __str__(self) -> str:
         revision = f"@{self.revision}" if self.revision else ""
-        return f"{self.scheme}://{self.id}{revision}"
+        datasets = "datasets/" if self.kind == "dataset" else ""
+        return f"{self.scheme}://{datasets}{self.id}{revision}"
 
     @property
     def folder(self) -> Path:
         """Where its downloads are kept; one folder for all revisions, which share unfinished files."""
-        return paths.home() / "downloads" / f"{self.scheme}--{self.id.replace('/', '--')}"
+        datasets = "datasets--" if self.kind == "dataset" else ""
+        return paths.home() / "downloads" / f"{self.scheme}--{datasets}{self.id.replace('/', '--')}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,14 +151,10 @@ def pull(address: Address, repository: Repository, client: HubClient, progress: 
     Raises:
         SourceError, DigestMismatch, DiskFull, StoreError: see `alight.sources.fetch`.
     """
-    # The commit is the hub's word: only what is safe in a folder name is kept of it.
-    finished = address.folder / ("at-" + re.sub(r"[^\w-]", "-", repository.commit))
+    finished = folder_of(address, repository)
 
     def bring(names: list[str]) -> None:
-        wanted = [(repository.files[name], finished / safe_path(name)) for name in names]
-        check_space(wanted, address.folder)
-        for file, target in wanted:
-            download(file, target, address.folder, client, progress)
+        download_all(names, address, repository, client, progress)
 
     def open_index(name: str) -> Path:
         bring([name])
@@ -160,6 +180,28 @@ def pull(address: Address, repository: Repository, client: HubClient, progress: 
             if (sha256 := repository.files[name].sha256)
         },
     )
+
+
+def folder_of(address: Address, repository: Repository) -> Path:
+    """Where the files of one commit are, once they are complete; of a data set, those that were asked for."""
+    what = (
+        f"{repository.commit}-{address.file}"
+        if address.kind == "dataset" and address.file
+        else repository.commit
+    )
+    # The commit is the hub's word: only what is safe in a folder name is kept of it.
+    return address.folder / ("at-" + re.sub(r"[^\w-]", "-", what))
+
+
+def download_all(
+    names: Iterable[str], address: Address, repository: Repository, client: HubClient, progress: Progress
+) -> None:
+    """Bring these files to `folder_of`. Call it while holding `exclusive(address)`."""
+    finished = folder_of(address, repository)
+    wanted = [(repository.files[name], finished / safe_path(name)) for name in names]
+    check_space(wanted, address.folder)
+    for file, target in wanted:
+        download(file, target, address.folder, client, progress)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,8 @@ since it has no hook for progress and does not check digests, and since one down
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -17,7 +19,9 @@ from alight.sources.fetched import Fetched, Progress
 from alight.sources.hub import (
     Address,
     Repository,
+    download_all,
     exclusive,
+    folder_of,
     promised_digest,
     promised_size,
     pull,
@@ -31,12 +35,40 @@ _DEFAULT_ENDPOINT = "https://huggingface.co"
 def fetch(source: str, progress: Progress) -> Fetched:
     """Download a model. Raises as `alight.sources.fetch` says."""
     address = Address.parse(source)
+    _refuse_if_offline(source)
+    with _client() as client, exclusive(address):
+        return pull(address, _list(address, client), client, progress)
+
+
+def fetch_dataset(
+    source: str, choose: Callable[[Collection[str], str | None], list[str]], progress: Progress
+) -> Path:
+    """Download files of a data set, `hf://datasets/organisation/name[@revision][:file]`.
+
+    Files that are there already are not downloaded again: each commit has a folder of its own, which stays.
+
+    Args:
+        choose: which of the repository's paths to bring, given the `file` of the address.
+
+    Returns:
+        the folder with these files.
+
+    Raises:
+        as `alight.sources.fetch`.
+    """
+    address = Address.of_dataset(source)
+    _refuse_if_offline(source)
+    with _client() as client, exclusive(address):
+        repository = _list(address, client)
+        download_all(choose(repository.files, address.file), address, repository, client, progress)
+        return folder_of(address, repository)
+
+
+def _refuse_if_offline(source: str) -> None:
     if _is_on("HF_HUB_OFFLINE"):
         raise NetworkError(
             f"{source} cannot be fetched: HF_HUB_OFFLINE is set", hint="Unset it, or use a local path."
         )
-    with _client() as client, exclusive(address):
-        return pull(address, _list(address, client), client, progress)
 
 
 def _client() -> HubClient:
@@ -64,7 +96,7 @@ def _list(address: Address, client: HubClient) -> Repository:
     from huggingface_hub import hf_hub_url
 
     revision = quote(address.revision or "main", safe="")
-    path = f"/api/models/{address.id}/revision/{revision}"
+    path = f"/api/{address.kind}s/{address.id}/revision/{revision}"
     answer = client.json(path, {"blobs": "true"}, what=str(address))
     files: dict[str, RemoteFile] = {}
     with understanding(client, address):
@@ -78,7 +110,9 @@ def _list(address: Address, client: HubClient) -> Repository:
             )  # large files have a sha256, small ones only the id of their git blob
             files[name] = RemoteFile(
                 path=name,
-                url=hf_hub_url(address.id, name, revision=commit, endpoint=client.endpoint),
+                url=hf_hub_url(
+                    address.id, name, repo_type=address.kind, revision=commit, endpoint=client.endpoint
+                ),
                 size=promised_size(entry.get("size"), name),
                 sha256=promised_digest(large.get("sha256"), 64, name),
                 git_sha1=None if large else promised_digest(entry.get("blobId"), 40, name),

@@ -1,11 +1,13 @@
-"""Models that are already on this disk: a GGUF file, a split GGUF, a checkpoint folder."""
+"""Models that are already on this disk: a GGUF file, a split GGUF, a checkpoint folder, an ONNX or MLC folder."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+from alight.artifact import files_below
 from alight.errors import SourceError
+from alight.exported import format_of
 from alight.sources import choose
 from alight.sources.fetched import Fetched, short_name
 
@@ -30,7 +32,7 @@ def fetch(source: str) -> Fetched:
     if path.name.lower().endswith(choose.PICKLE_SUFFIXES):
         raise SourceError(f"{path} is refused: {choose.PICKLE_REASON}", hint=choose.PICKLE_HINT)
     raise SourceError(
-        f"{path} is no model", hint="Give a .gguf file, or a folder with config.json and .safetensors."
+        f"{path} is no model", hint="Give a .gguf file, or a folder with a checkpoint, ONNX or MLC model."
     )
 
 
@@ -55,7 +57,10 @@ def _gguf(path: Path) -> Fetched:
 
 
 def _folder(folder: Path) -> Fetched:
-    choice = choose.choose(_file_names(folder), None, str(folder), open_index=lambda name: folder / name)
+    names = _file_names(folder)
+    if exported := format_of(names):
+        return _fetched(folder, list(files_below(folder)), exported, folder)
+    choice = choose.choose(names, None, str(folder), open_index=lambda name: folder / name)
     source = folder / choice.paths[0] if choice.format == "gguf" else folder
     return _fetched(folder, choice.paths, choice.format, source)
 

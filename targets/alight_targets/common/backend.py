@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from alight.errors import Unsupported
 
 if TYPE_CHECKING:
     from alight.target import FloatArray
@@ -17,11 +19,13 @@ class Backend(ABC):
         vocabulary: columns of the logits.
         context: tokens that one sequence can hold.
         slots: sequences that can be there at once.
+        details: what it wants to tell people, such as the processor it runs on.
     """
 
     vocabulary: int
     context: int
     slots: int
+    details: Mapping[str, Any] = {}
 
     @abstractmethod
     def add(self, sequence: int) -> None:
@@ -39,6 +43,16 @@ class Backend(ABC):
         """Begin `child` with the first `length` tokens of `parent`, without computing them again; False where the
         engine cannot."""
         return False
+
+    def adapt(self, sequence: int, adapters: Sequence[tuple[str, float]]) -> None:
+        """Use LoRA adapters, by name and scale, for a sequence that has just begun.
+
+        Raises:
+            BadInput: no adapter of that name is loaded.
+        """
+        raise Unsupported(
+            "this target has no LoRA adapters", hint="Merge the adapter into the model instead."
+        )
 
     @abstractmethod
     def extend(self, sequence: int, tokens: Sequence[int]) -> FloatArray:

@@ -1,0 +1,1 @@
+"""Kernels in TIR: for CPUs scheduled by hand, for the rest left to tvm's default schedules."""

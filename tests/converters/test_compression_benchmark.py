@@ -1,0 +1,44 @@
+"""The compression benchmark's own logic: rows that are kept as they come, and budgets. It measures nothing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # its files are scripts, not a package
+
+import compression
+
+from alight.builder import Candidate
+from alight.evaluate import Quality, Speed
+from alight.planner import Memory, Prediction
+
+
+def test_each_row_is_on_disk_when_it_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "rows.json"
+    first = compression.Rows(file)
+    first.add("imatrix Q4_0", "alight < none", True, none=0.25, alight=0.155)
+    assert json.loads(file.read_text())["imatrix Q4_0"]["met"] is True
+    assert "imatrix Q4_0: none 0.2500, alight 0.1550 | alight < none: yes" in capsys.readouterr().err
+
+    again = compression.Rows(file)  # a run of another section goes on with what is there
+    again.add("search, in all", "7 of 8", False, found=6)
+    assert again.table().splitlines()[2:] == [
+        "| imatrix Q4_0 | none 0.2500, alight 0.1550 | alight < none | yes |",
+        "| search, in all | found 6 | 7 of 8 | no |",
+    ]
+
+
+def test_limits_lie_between_the_smallest_and_the_largest_form() -> None:
+    prediction = Prediction("Q4_0", Memory(1, 1, 1, 1), 512, 1.0, 1.0, "arithmetic")
+    speed = Speed(1.0, 1.0, 1.0, 9, 1)
+    small = Candidate("Q4_0", 1, prediction, Quality(9, 5.0, 0.1, 0.1, 0.9), speed, 0.1, memory_bytes=100)
+    forms = [small, replace(small, quantization="Q8_0", memory_bytes=200)]
+    limits = [compression._limit(forms, budget) for budget in compression.BUDGETS]
+    assert len(limits) == 8
+    assert limits.count(None) == 5
+    assert all(100 < limit < 200 for limit in limits if limit)
