@@ -6,10 +6,11 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, TypeVar
 
 from alight.errors import EngineCrashed, EngineError
+from alight.pushed import Cancel, Deliver, PushedChunks
 from alight.server.worker_model import WorkerModel
 from alight.target import Chunk, Model, Prompt, Sampling, Scores
 
@@ -119,22 +120,10 @@ class RestartingModel(Model):
     # -- the interface of Model ------------------------------------------------------------------
 
     def generate(self, prompt: Prompt, sampling: Sampling | None = None) -> Generator[Chunk]:
-        for last_try in (False, True):
-            said = finished = False
-            try:
-                with closing(self._living().generate(prompt, sampling)) as chunks:
-                    for chunk in chunks:
-                        said = said or bool(chunk.text or chunk.tokens)
-                        finished = chunk.finish_reason is not None
-                        yield chunk
-                self._crashes.note_answer()
-                return
-            except EngineCrashed:
-                if finished:
-                    return
-                if said or last_try:
-                    raise
-                log.info("a request is run again, since its worker crashed before the first token")
+        def run() -> Generator[Chunk]:
+            return self._living().generate(prompt, sampling)
+
+        return PushedChunks(lambda deliver: _Retried(run, self._crashes.note_answer, deliver).begin())
 
     def score(self, tokens: Sequence[int], *, distribution: bool = False, top: int = 0) -> Scores:
         return self._answer(lambda worker: worker.score(tokens, distribution=distribution, top=top))
@@ -196,3 +185,59 @@ class RestartingModel(Model):
     def _note_crash(self, crash: EngineCrashed) -> None:
         self._crashes.note(crash)
         self._on_crash()
+
+
+class _Retried:
+    """One generation, which is run again if its worker crashes before the first token."""
+
+    def __init__(
+        self, run: Callable[[], Generator[Chunk]], answered: Callable[[], None], deliver: Deliver
+    ) -> None:
+        self._run = run
+        self._answered = answered
+        self._deliver = deliver
+        self._chunks: Generator[Chunk] | None = None
+        self._said = False
+        self._tries = 0
+        self._cancelled = False
+
+    def begin(self) -> Cancel:
+        """Raises what beginning raises."""
+        try:
+            self._try()
+        except EngineCrashed:
+            if self._tries > 1:
+                raise
+            self._try()
+        return self._cancel
+
+    def _try(self) -> None:
+        self._tries += 1
+        chunks = self._chunks = self._run()
+        assert isinstance(chunks, PushedChunks)
+        if self._cancelled:
+            return
+        chunks.push(self._take)
+
+    def _take(self, item: Chunk | Exception) -> None:
+        if isinstance(item, EngineCrashed) and not self._said and self._tries < 2:
+            log.info("a request is run again, since its worker crashed before the first token")
+            # Starting a worker takes a while, and this is the thread that the old one's replies came by.
+            threading.Thread(target=self._try_again, daemon=True).start()
+            return
+        if isinstance(item, Chunk):
+            self._said = self._said or bool(item.text or item.tokens)
+            if item.finish_reason:
+                self._answered()
+        self._deliver(item)
+
+    def _try_again(self) -> None:
+        try:
+            self._try()
+        except Exception as error:
+            self._deliver(error)
+
+    def _cancel(self) -> None:
+        self._cancelled = True
+        if self._chunks:
+            self._chunks.close()

@@ -1,7 +1,8 @@
-"""The bridge from a model's blocking generator to the event loop.
+"""The bridge from a model's answers to the event loop.
 
-Each answer runs in a thread of its own and hands its chunks over through a bounded queue. When the client
-goes away the thread closes the generator, at the latest after the token it is working on.
+Each answer has a thread that waits for its turn and begins it. Chunks that the engine pushes go straight to the event
+loop, all of one step together; those of a generator are drawn by the thread. When the client goes away the answer is
+cancelled.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import json
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator
 from concurrent.futures import CancelledError
 from contextlib import AbstractContextManager, closing
+from functools import partial
 from types import TracebackType
 from typing import Any, TypeAlias, TypeVar
 
@@ -22,9 +25,10 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from alight.errors import AlightError, EngineError
+from alight.pushed import PushedChunks
 from alight.server.failures import ClientGone, Failure, Refused
 from alight.server.manager import Models
-from alight.server.metrics import Metrics
+from alight.server.metrics import Metrics, Watch
 from alight.target import Chunk, Completion, Model
 
 log = logging.getLogger(__name__)
@@ -43,6 +47,7 @@ class Answers:
     def __init__(self, models: Models, metrics: Metrics) -> None:
         self.models = models
         self.metrics = metrics
+        self.inbox = Inbox()
         self._running: set[Answer] = set()
         self._stopped = False
 
@@ -118,8 +123,28 @@ class Answers:
             log.warning("%d answers are still busy in their engine", len(self._running))
 
 
+class Inbox:
+    """What engines push, on its way to the event loop, which is called once for all that has come."""
+
+    def __init__(self) -> None:
+        self._items: deque[tuple[Answer, Chunk | Exception]] = deque()
+        self._called = False
+
+    def put(self, answer: Answer, item: Chunk | Exception) -> None:
+        self._items.append((answer, item))
+        if not self._called:
+            self._called = True
+            answer.call(self._empty)
+
+    def _empty(self) -> None:
+        self._called = False  # first: what comes from here on calls again
+        while self._items:
+            answer, item = self._items.popleft()
+            answer.take(item)
+
+
 class Answer:
-    """One answer: an asynchronous iterator of chunks, produced by a thread."""
+    """One answer: an asynchronous iterator of chunks."""
 
     def __init__(
         self, answers: Answers, name: str, begin: Begin, keep_alive: float | None, context: int | None
@@ -133,6 +158,10 @@ class Answer:
         self._queue: asyncio.Queue[Chunk | Exception | None] = asyncio.Queue()  # None: the end
         self._room = threading.Semaphore(AHEAD)  # bounds the queue; a thread can wait for it
         self._cancelled = threading.Event()
+        self._over = threading.Event()  # cancelled, or pushed to its end
+        self._broken: Exception | None = None  # what ended one that is pushed
+        self._stall: asyncio.TimerHandle | None = None
+        self._metrics: Watch | None = None
         self._first: Chunk | None = None
         self._watch: asyncio.Task[None] | None = None
 
@@ -160,8 +189,11 @@ class Answer:
         """End the answer; whoever reads it gets `reason`. After its end this does nothing."""
         self._cancelled.set()
         self._turn.cancel()  # the thread may be waiting for it,
+        self._over.set()  # or for the end,
         self._room.release()  # or for room
         self._queue.put_nowait(reason)
+        if self._stall:
+            self._stall.cancel()
         if self._watch:
             self._watch.cancel()
 
@@ -178,9 +210,27 @@ class Answer:
     async def _next(self) -> Chunk | None:
         item = await self._queue.get()
         self._room.release()
+        if self._stall and self._queue.qsize() <= AHEAD:
+            self._stall.cancel()
+            self._stall = None
         if isinstance(item, Exception):
             raise item
         return item
+
+    def take(self, item: Chunk | Exception) -> None:
+        """What the engine pushed."""
+        if self._over.is_set():
+            return
+        if isinstance(item, Exception):
+            self._broken = item
+            self._over.set()
+            return
+        self._see(item)
+        self._queue.put_nowait(item)
+        if item.finish_reason:
+            self._over.set()
+        elif self._stall is None and self._queue.qsize() > AHEAD:
+            self._stall = self._loop.call_later(STALLED, self.cancel, _stalled())
 
     async def _cancel_when_gone(self, request: Request) -> None:
         # The body has been read, so the only message that can come is that the client hung up.
@@ -204,27 +254,39 @@ class Answer:
         except Exception as error:
             log.exception("the engine of %s failed", self._turn.name)
             end = EngineError(f"the engine failed: {type(error).__name__}: {error}")
-        self._call(self._queue.put_nowait, end)
-        self._call(self._answers.ended, self)
+        self.call(self._queue.put_nowait, end)
+        self.call(self._answers.ended, self)
 
     def _hand_over(self, model: Model) -> None:
-        watch = self._answers.metrics.watch(self._turn.model_name, self.started)
+        self._metrics = self._answers.metrics.watch(self._turn.model_name, self.started)
         with closing(self._begin(model)) as chunks:
+            if isinstance(chunks, PushedChunks):
+                chunks.push(partial(self._answers.inbox.put, self))
+                self._over.wait()
+                if self._broken:
+                    raise self._broken
+                return
             for chunk in chunks:
-                watch.see(chunk)
-                if chunk.usage:
-                    self._turn.note(chunk.usage)
+                self._see(chunk)
                 if not self._room.acquire(timeout=STALLED):
-                    raise Refused(408, "the client stopped reading", code="client_stalled")
+                    raise _stalled()
                 if self._cancelled.is_set():
                     return
-                self._call(self._queue.put_nowait, chunk)
+                self.call(self._queue.put_nowait, chunk)
 
-    def _call(self, function: Callable[..., None], argument: object) -> None:
+    def _see(self, chunk: Chunk) -> None:
+        assert self._metrics is not None  # set before the first chunk
+        self._metrics.see(chunk)
+        if chunk.usage:
+            self._turn.note(chunk.usage)
+
+    def call(self, function: Callable[..., None], *arguments: object) -> None:
+        """Have it called on the event loop, from any thread."""
         try:
-            self._loop.call_soon_threadsafe(function, argument)
+            self._loop.call_soon_threadsafe(function, *arguments)
         except RuntimeError:  # the event loop has ended, and with it everyone who could read this
             self._cancelled.set()
+            self._over.set()
 
 
 class StreamedAnswer(Response):
@@ -270,6 +332,10 @@ class StreamedAnswer(Response):
 def to_json(data: dict[str, Any]) -> bytes:
     """One line of JSON. All of it is ASCII: clients (httpx) also split lines at U+0085 and U+2028."""
     return json.dumps(data, separators=(",", ":")).encode()
+
+
+def _stalled() -> Refused:
+    return Refused(408, "the client stopped reading", code="client_stalled")
 
 
 def _stopping() -> Refused:

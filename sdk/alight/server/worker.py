@@ -16,8 +16,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Generator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from alight.errors import AlightError, EngineError
 from alight.server import worker_protocol as protocol
 from alight.server.watchdog import BEAT
 from alight.server.worker_protocol import Channel
-from alight.target import LoadOptions, Model, Sampling
+from alight.server.worker_streams import Streams
+from alight.target import Chunk, LoadOptions, Model, Sampling
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class Worker:
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._model: Model | None = None
-        self._streams: dict[int, _Stream] = {}  # the generations in progress, by request
+        self._streams = Streams(channel)
         self._calls: set[int] = set()  # the other requests that the model works on
         self._wake = threading.Event()  # there is something to do
 
@@ -50,25 +51,18 @@ class Worker:
         while frame := self._channel.receive():
             request, payload = frame
             match request["call"]:
-                case "more":
-                    if stream := self._streams.get(request["id"]):
-                        stream.grant(request["chunks"])
                 case "cancel":
-                    if stream := self._streams.get(request["id"]):
-                        stream.cancel()
+                    self._streams.cancel(request["id"])
                 case "generate":
-                    # Known before its thread runs, so that a cancel which follows at once finds it.
-                    stream = self._streams[request["id"]] = _Stream()
+                    self._streams.begin(request["id"], partial(self._generate, request, payload))
                     self._wake.set()
-                    self._start(self._generate, request, payload, stream)
                 case _:
                     self._start(self._answer, request)
         # Closing may get stuck in native code, and nobody is left then to end this process.
         limit = threading.Timer(_CLOSING, os._exit, (1,))
         limit.daemon = True
         limit.start()
-        for stream in [*self._streams.values()]:
-            stream.cancel()
+        self._streams.cancel_all()
         if self._model:
             self._model.close()
 
@@ -81,7 +75,7 @@ class Worker:
             self._wake.clear()  # first: what comes from here on sets it again
             if self._calls or self._streams:
                 self._wake.set()
-            busy = bool(self._calls) or any(stream.working for stream in [*self._streams.values()])
+            busy = bool(self._calls or self._streams)
             progress = self._model.progress() if self._model else None
             told = {"id": protocol.BEAT, "progress": progress, "busy": busy and progress is not None}
             with contextlib.suppress(OSError):
@@ -108,21 +102,10 @@ class Worker:
         finally:
             self._calls.discard(number)
 
-    def _generate(self, request: Mapping[str, Any], payload: bytearray, stream: _Stream) -> None:
-        number = request["id"]
+    def _generate(self, request: Mapping[str, Any], payload: bytearray) -> Generator[Chunk]:
         sampling = protocol.options_from_json(Sampling, request["sampling"])
         prompt = protocol.prompt_from_json(request["prompt"], payload)
-        try:
-            with closing(self._loaded().generate(prompt, sampling)) as chunks:
-                for chunk in chunks:
-                    if not stream.wait_for_room():
-                        return  # nobody reads it any more
-                    self._channel.send({"id": number, "chunk": protocol.chunk_to_json(chunk)})
-            self._channel.send({"id": number, "end": True})
-        except Exception as error:
-            self._fail(number, error)
-        finally:
-            del self._streams[number]
+        return self._loaded().generate(prompt, sampling)
 
     def _fail(self, number: int, error: Exception) -> None:
         if not isinstance(error, AlightError):
@@ -143,33 +126,6 @@ class Worker:
             "info": protocol.info_to_json(model.info),
             "template": protocol.template_to_json(model.template),
         }
-
-
-class _Stream:
-    """How far a generation may go: the server grants chunks as its client reads them.
-
-    Attributes:
-        working: the model is to give the next chunk; it is not the client that is waited for.
-    """
-
-    def __init__(self) -> None:
-        self.working = True
-        self._room = threading.Semaphore(protocol.WINDOW)
-        self._cancelled = False
-
-    def grant(self, chunks: int) -> None:
-        self._room.release(chunks)
-
-    def cancel(self) -> None:
-        self._cancelled = True
-        self._room.release()
-
-    def wait_for_room(self) -> bool:
-        """Wait until another chunk may be sent; False if none is wanted."""
-        self.working = False
-        self._room.acquire()
-        self.working = True
-        return not self._cancelled
 
 
 class _LogToServer(logging.Handler):

@@ -13,18 +13,18 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 import psutil
 
 from alight.artifact import Artifact
 from alight.errors import EngineCrashed, EngineError
+from alight.pushed import Cancel, Deliver, PushedChunks
 from alight.server import worker_protocol as protocol
 from alight.server.watchdog import PATIENCE, Watchdog
-from alight.server.worker_protocol import WINDOW, Channel, Header
+from alight.server.worker_protocol import Channel, Header
 from alight.target import Chunk, LoadOptions, Model, Prompt, Sampling, Scores
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ _LINE = 2000  # bytes of a line in the log
 # lasts as long as this process starts them all.
 _spawner = ThreadPoolExecutor(1, thread_name_prefix="alight-spawner")
 
-_Replies: TypeAlias = "queue.SimpleQueue[tuple[Header, bytearray] | None]"  # None: the process has ended
+_Reply: TypeAlias = "tuple[Header, bytearray] | None"  # None: the process has ended
 
 
 class WorkerModel(Model):
@@ -69,7 +69,8 @@ class WorkerModel(Model):
         self._target = target
         self._on_crash = on_crash
         self._numbers = itertools.count()
-        self._requests: dict[int, _Replies] = {}
+        self._requests: dict[int, Callable[[_Reply], None]] = {}
+        self._watched: set[int] = set()  # those of them that the watchdog knows of
         self._lock = threading.Lock()  # guards _requests, _closing and _crash
         self._closing = False
         self._crash: str | None = None  # how the process ended by itself
@@ -124,24 +125,30 @@ class WorkerModel(Model):
     def generate(self, prompt: Prompt, sampling: Sampling | None = None) -> Generator[Chunk]:
         told, images = protocol.prompt_to_json(prompt)
         options = protocol.options_to_json(sampling or Sampling())
-        ended = False
-        with self._request("generate", images, prompt=told, sampling=options) as (number, replies):
-            try:
-                for taken in itertools.count(1):
-                    try:
-                        header, _ = self._next(replies)
-                    except EngineError:
-                        ended = True
-                        raise
-                    if "end" in header:
-                        ended = True
-                        return
-                    if taken % (WINDOW // 2) == 0:
-                        self._tell(number, "more", chunks=WINDOW // 2)
-                    yield protocol.chunk_from_json(header["chunk"])
-            finally:
-                if not ended:
-                    self._tell(number, "cancel")
+
+        def begin(deliver: Deliver) -> Cancel:
+            return self._begin(deliver, images, prompt=told, sampling=options)
+
+        return PushedChunks(begin)
+
+    def _begin(self, deliver: Deliver, payload: bytes, **fields: Any) -> Cancel:
+        def take(reply: _Reply) -> None:
+            if reply is None:
+                deliver(self._gone())
+                return
+            item = protocol.said_from_json(reply[0]["said"])
+            if not isinstance(item, Chunk) or item.finish_reason:
+                self._forget(number)
+            deliver(item)
+
+        number = self._enter(take)
+        self._tell(number, "generate", payload, **fields)
+
+        def cancel() -> None:
+            if self._forget(number):
+                self._tell(number, "cancel")
+
+        return cancel
 
     def score(self, tokens: Sequence[int], *, distribution: bool = False, top: int = 0) -> Scores:
         scores: Scores = self._call("score", _integers(tokens), distribution=distribution, top=top)
@@ -194,44 +201,46 @@ class WorkerModel(Model):
         return protocol.result_from_json(header, payload)
 
     def _ask(self, call: str, *, timeout: float | None = None, **fields: Any) -> tuple[Header, bytearray]:
-        with self._request(call, **fields) as (_, replies):
-            return self._next(replies, timeout)
-
-    @contextmanager
-    def _request(self, call: str, payload: bytes = b"", **fields: Any) -> Iterator[tuple[int, _Replies]]:
-        """Send a request; gives its number, and the queue that its replies come to while the block lasts."""
-        replies: _Replies = queue.SimpleQueue()
-        with self._lock:
-            if not self.alive:
-                raise self._gone()
-            number = next(self._numbers)
-            self._requests[number] = replies
-        watched = call != "load"  # that may take as long as a disk is slow
-        if watched:
-            self._watchdog.begin()
+        """Send a request and wait for its reply."""
+        replies: queue.SimpleQueue[_Reply] = queue.SimpleQueue()
+        number = self._enter(replies.put, watched=call != "load")  # that may take as long as a disk is slow
         try:
-            self._tell(number, call, payload, **fields)
-            yield number, replies
-        finally:
-            self._requests.pop(number, None)
-            if watched:
-                self._watchdog.end()
-
-    def _tell(self, number: int, call: str, payload: bytes = b"", **fields: Any) -> None:
-        # Where the process is gone, the reader finds that out too, and tells all who wait for a reply.
-        with contextlib.suppress(OSError):
-            self._channel.send({"id": number, "call": call, **fields}, payload)
-
-    def _next(self, replies: _Replies, timeout: float | None = None) -> tuple[Header, bytearray]:
-        try:
+            self._tell(number, call, **fields)
             reply = replies.get(timeout=timeout)
         except queue.Empty:
             raise EngineError(f"the worker of {self.name!r} does not answer") from None
+        finally:
+            self._forget(number)
         if reply is None:
             raise self._gone()
         if "error" in reply[0]:
             raise protocol.error_from_json(reply[0]["error"])
         return reply
+
+    def _enter(self, take: Callable[[_Reply], None], *, watched: bool = True) -> int:
+        """A new request's number; `take` gets its replies, on the reader's thread."""
+        with self._lock:
+            if not self.alive:
+                raise self._gone()
+            number = next(self._numbers)
+            self._requests[number] = take
+        if watched:
+            self._watched.add(number)
+            self._watchdog.begin()
+        return number
+
+    def _forget(self, number: int) -> bool:
+        """The request has ended; False if that was known."""
+        known = self._requests.pop(number, None) is not None
+        if known and number in self._watched:
+            self._watched.discard(number)
+            self._watchdog.end()
+        return known
+
+    def _tell(self, number: int, call: str, payload: bytes = b"", **fields: Any) -> None:
+        # Where the process is gone, the reader finds that out too, and tells all who wait for a reply.
+        with contextlib.suppress(OSError):
+            self._channel.send({"id": number, "call": call, **fields}, payload)
 
     def _gone(self) -> EngineError:
         if self._crash is None:
@@ -246,8 +255,12 @@ class WorkerModel(Model):
         try:
             while frame := self._channel.receive():
                 header, _ = frame
-                if replies := self._requests.get(header["id"]):
-                    replies.put(frame)
+                if header["id"] == protocol.CHUNKS:
+                    for number, said in header["chunks"]:
+                        if take := self._requests.get(number):
+                            take(({"said": said}, frame[1]))
+                elif take := self._requests.get(header["id"]):
+                    take(frame)
                 elif header["id"] == protocol.BEAT:
                     self._watchdog.beat(header["progress"], header["busy"])
                 elif header["id"] == protocol.LOG:
@@ -276,8 +289,8 @@ class WorkerModel(Model):
             if self._crash is not None:
                 self._tell_crash()  # first, so that who tries again finds it counted
         finally:
-            for replies in waiting:
-                replies.put(None)
+            for take in waiting:
+                take(None)
             self._channel.hang_up(timeout=1.0)
             self._channel.close()
 

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-LOG, BEAT = -1, -2  # the request numbers of log records and signs of life, which belong to no request
+# The request numbers of frames that belong to no request: log records, signs of life, what all generations said.
+LOG, BEAT, CHUNKS = -1, -2, -3
 CALLS = frozenset({"score", "tokenize", "prompt_tokens", "detokenize", "embed", "rerank", "metrics"})
-WINDOW = 256  # chunks that a worker may be ahead of whoever reads the answer
 PART = 1 << 20  # bytes; a larger payload goes in parts, so that the tokens of others pass between them
 
 _LENGTHS = struct.Struct("<IQ")
@@ -181,6 +181,15 @@ def chunk_from_json(data: Sequence[Any]) -> Chunk:
             for token, piece, logprob, top in logprobs
         ),
     )
+
+
+def said_to_json(item: Chunk | Exception) -> Any:
+    """What a generation says: a chunk, or the error that ends it."""
+    return chunk_to_json(item) if isinstance(item, Chunk) else {"error": error_to_json(item)}
+
+
+def said_from_json(data: Any) -> Chunk | AlightError:
+    return error_from_json(data["error"]) if isinstance(data, dict) else chunk_from_json(data)
 
 
 _USAGE = [field.name for field in fields(Usage)]

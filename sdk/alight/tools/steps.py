@@ -45,7 +45,13 @@ def run_steps(
         json_schema: for the last step, if no call is forced.
         reasons_first: the tag that ends a first step without constraints.
     """
-    run = _Run(model, tokens, sampling)
+    if not reasons_first and not force:  # a single step needs nobody between the model and who reads it
+        return model.generate(tokens, replace(sampling, json_schema=json_schema) if json_schema else sampling)
+    return _several(_Run(model, tokens, sampling), json_schema, reasons_first, force)
+
+
+def _several(run: _Run, json_schema: str, reasons_first: str, force: Force | None) -> Generator[Chunk]:
+    sampling = run.sampling
     if reasons_first:
         yield from run.step(replace(sampling, stop=(reasons_first,)))
         if run.ended:

@@ -13,6 +13,7 @@ from alight.artifact import Artifact
 from alight.chat import ChatTemplate
 from alight.errors import BadInput, ContextExceeded, EngineError
 from alight.planner import BATCH
+from alight.pushed import Cancel, Deliver, PushedChunks
 from alight.target import (
     Chunk,
     LoadOptions,
@@ -106,7 +107,7 @@ class LlamaCppModel(Model):
         if request.limit == 0:
             request.sampler.close()
             return (c for c in [Chunk(finish_reason="length", usage=Usage(prompt_tokens=len(tokens)))])
-        return self._stream(request)
+        return PushedChunks(lambda deliver: self._begin(request, deliver))
 
     def _placed(self, prompt: Prompt) -> tuple[list[int], list[Image]]:
         """A prompt's tokens, and the images among them."""
@@ -138,18 +139,14 @@ class LlamaCppModel(Model):
         request.sampler.accept_prompt([t for t in tokens if t >= 0] if images else tokens)
         return request
 
-    def _stream(self, request: Request) -> Generator[Chunk]:
-        try:
-            self._scheduler.submit(request)
-            while True:
-                chunk = request.out.get()
-                if isinstance(chunk, Exception):
-                    raise chunk
-                yield chunk
-                if chunk.finish_reason:
-                    return
-        finally:
+    def _begin(self, request: Request, deliver: Deliver) -> Cancel:
+        request.deliver = deliver
+        self._scheduler.submit(request)
+
+        def cancel() -> None:
             request.cancelled = True  # seen by the scheduler before its next step
+
+        return cancel
 
     def score(self, tokens: Sequence[int], *, distribution: bool = False, top: int = 0) -> Scores:
         ids = self._checked(tokens)

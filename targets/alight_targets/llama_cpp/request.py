@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
+from alight.pushed import Deliver
 from alight.target import Chunk, FinishReason, Sampling, TokenLogprob, Usage
 from alight.text import TextStream
 from alight_targets.llama_cpp.sampler import Sampler
@@ -31,11 +31,12 @@ class Request:
     sampler: Sampler
     stream: TextStream
     limit: int  # tokens to generate at most
+    deliver: Deliver = field(default=lambda _: None)  # takes its chunks, or the error that ends it
     adapters: Adapters = ()
     shift: bool = False  # go on when the context is full, without its oldest part
     shown_special: frozenset[int] = frozenset()  # control tokens whose text is shown
     images: list[Image] = field(default_factory=list)  # in their order
-    out: SimpleQueue[Chunk | Exception] = field(default_factory=SimpleQueue)
+    said: list[Chunk] = field(default_factory=list)  # in this step
     cancelled: bool = False
     prompt: int = 0  # tokens of the prompt
     kv: int = 0
@@ -77,15 +78,16 @@ class Request:
         return next((image.start for image in self.images if image.start < length < image.end), length)
 
     def say(self, text: str, token: int, logprob: TokenLogprob | None) -> None:
-        self.out.put(Chunk(text, (token,), logprobs=(logprob,) if logprob else ()))
+        self.said.append(Chunk(text, (token,), logprobs=(logprob,) if logprob else ()))
 
-    def show_life(self) -> None:
-        """An empty chunk while it waits or reads, so that its consumer can notice a client that left."""
-        if self.out.empty():
-            self.out.put(Chunk())
+    def hand_over(self) -> None:
+        """Deliver what was said. Apart from saying it, so that nobody wakes up while others wait for their token."""
+        for chunk in self.said:
+            self.deliver(chunk)
+        self.said.clear()
 
     def end(self, reason: FinishReason) -> None:
-        """Tell the consumer that this was all."""
+        """Say that this was all."""
         now = time.perf_counter()
         first = self.first_token or now
         usage = Usage(
@@ -97,4 +99,4 @@ class Request:
             drafted_tokens=self.drafted,
             accepted_tokens=self.accepted,
         )
-        self.out.put(Chunk(self.stream.finish(), (), reason, usage))
+        self.said.append(Chunk(self.stream.finish(), (), reason, usage))

@@ -162,8 +162,6 @@ class Scheduler:
         while not self._decode(group):
             self._make_room()
             group = [r for r in group if r.sequence >= 0]
-        for request in list(self._waiting):  # others are added meanwhile
-            request.show_life()
 
     def _drop_cancelled(self) -> None:
         for request in [r for r in self._running if r.cancelled]:
@@ -261,9 +259,10 @@ class Scheduler:
         for request, count in read:
             request.kv += count
             self._cache.note(request)
-            request.show_life()
         for request, row in ready:
             self._choose(request, row)
+        for request, _ in ready:
+            request.hand_over()
         return True
 
     def _read_image(self, group: list[Request]) -> bool:
@@ -278,13 +277,12 @@ class Scheduler:
                 if not image.decode(self._cache.context, request.sequence, request.position(image.start)):
                     return False
             except AlightError as error:  # only this request's trouble
-                request.out.put(error)
+                request.deliver(error)
                 self._finish(request)
                 group.remove(request)
                 return True
             request.kv = image.end
             self._cache.note(request)
-            request.show_life()
             return True
         return True
 
@@ -393,7 +391,7 @@ class Scheduler:
             self._waiting.clear()
         for request in requests:
             request.sampler.close()
-            request.out.put(error)
+            request.deliver(error)
 
     def _recover(self, error: Exception) -> None:
         """After a failure: give its requests up and begin with an empty cache, or close where that fails, too."""
