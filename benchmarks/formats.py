@@ -30,11 +30,15 @@ from alight.folders import folder_of
 
 SOURCE = "builtin:smollm2"
 # MLC has no type of 8 bits; its next one keeps the weights as they are.
-TYPES = {"gguf": ("q4_0", "q4_k_m", "q8_0"), "onnx": ("int4", "int8"), "mlc": ("q4f32_1", "q4f16_1", "q0f16")}
+TYPES = {
+    "gguf": ("q4_0", "q4_k_m", "q8_0"),
+    "onnx": ("int4-b32", "int4-b32+imatrix", "int8-b32"),
+    "mlc": ("q4f32_1", "q4f16_1", "q0f16"),
+}
 # ours (format, type), and the peer's engine on its artifact (format, type)
 DUELS = (
-    (("onnx", "int4"), "genai", ("onnx", "int4")),
-    (("onnx", "int8"), "genai", ("onnx", "int8")),
+    (("onnx", "int4-b32"), "genai", ("onnx", "int4-b32")),
+    (("onnx", "int8-b32"), "genai", ("onnx", "int8-b32")),
     (("mlc", "q4f32_1"), "llama_cpp", ("gguf", "q4_0")),
     (("mlc", "q4f16_1"), "llama_cpp", ("gguf", "q4_0")),
 )

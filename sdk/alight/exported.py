@@ -15,6 +15,7 @@ from alight.errors import InvalidModelFile
 
 # Format -> the file that its runtime reads first, and without which the folder is no such thing.
 MARKS = {"onnx": "genai_config.json", "mlc": "mlc-chat-config.json"}
+ENCODER = "model.onnx"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,10 @@ class Exported:
 def format_of(names: Iterable[str]) -> str | None:
     """The format of a model by its files' paths; None where it is no exported folder."""
     known = set(names)
-    return next((form for form, mark in MARKS.items() if mark in known), None)
+    if form := next((form for form, mark in MARKS.items() if mark in known), None):
+        return form
+    # An encoder has no genai_config.json. Checkpoints may bring a graph along, and are none for that.
+    return "onnx" if ENCODER in known and not any(n.endswith(".safetensors") for n in known) else None
 
 
 def read_exported(files: Mapping[str, Path]) -> Exported:
@@ -58,21 +62,22 @@ def read_exported(files: Mapping[str, Path]) -> Exported:
     form = format_of(files)
     if form is None:
         raise InvalidModelFile(
-            "there is no " + " and no ".join(MARKS.values()),
-            hint="Give a folder that was exported for onnxruntime-genai or MLC.",
+            f"there is no {', no '.join(MARKS.values())} and no {ENCODER}",
+            hint="Give a folder that was exported for ONNX Runtime or MLC.",
         )
     return _onnx(files) if form == "onnx" else _mlc(files)
 
 
 def _onnx(files: Mapping[str, Path]) -> Exported:
+    config = _json(files, "config.json") if "config.json" in files else {}
+    if MARKS["onnx"] not in files:
+        return _encoder(config)
     model = _mapping(_json(files, MARKS["onnx"]), "model", MARKS["onnx"])
     decoder = model.get("decoder")
-    if not isinstance(decoder, Mapping):  # an encoder has none
-        decoder = next((v for v in model.values() if isinstance(v, Mapping) and "filename" in v), {})
-    graph = decoder.get("filename", "model.onnx")
-    if graph not in files:
+    if not isinstance(decoder, Mapping):
+        return _encoder(config)
+    if (graph := decoder.get("filename", "model.onnx")) not in files:
         raise InvalidModelFile(f"{MARKS['onnx']} names {graph}, which is not there", hint="Fetch it again.")
-    config = _json(files, "config.json") if "config.json" in files else {}
     return Exported(
         format="onnx",
         architecture=str(config.get("model_type") or model.get("type") or "unknown"),
@@ -85,6 +90,18 @@ def _onnx(files: Mapping[str, Path]) -> Exported:
         kv_width=_number(decoder, "num_key_value_heads") * _number(decoder, "head_size"),
         vocabulary=_number(model, "vocab_size"),
         chat_template=_has_template(files),
+    )
+
+
+def _encoder(config: Mapping[str, Any]) -> Exported:
+    return Exported(
+        format="onnx",
+        architecture=str(config.get("model_type") or "unknown"),
+        licence=_licence(config),
+        trained_context=_number(config, "max_position_embeddings"),
+        layers=_number(config, "num_hidden_layers"),
+        hidden=_number(config, "hidden_size"),
+        vocabulary=_number(config, "vocab_size"),
     )
 
 

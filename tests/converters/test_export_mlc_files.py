@@ -207,6 +207,12 @@ def test_bad_weights(
     assert sorted(f.name for f in tmp_path.iterdir()) == ["bad", "tiny"]
 
 
+def test_a_tokenizer_that_nothing_reads(tiny: Checkpoint, tmp_path: Path) -> None:
+    (tiny.folder / "tokenizer.json").write_text('{"model": {"type": "Abacus"}}')
+    with pytest.raises(InvalidModelFile, match="tokenizer of tiny is not usable"):
+        export(tiny, tmp_path / "mlc")
+
+
 def test_float32_holds_what_float16_cannot(tiny: Checkpoint, tmp_path: Path) -> None:
     large = tiny.with_tensors(
         ((n, t * 1e6 if n == "lm_head.weight" else t) for n, t in tiny.tensors()), tmp_path / "large"

@@ -13,7 +13,7 @@ from export_folders import MLC_CHAT, mlc_folder, onnx_folder
 from typer.testing import CliRunner
 
 from alight import api, folders, plugins
-from alight.artifact import CODE, WEIGHT, WEIGHT_CONFIG, Artifact, Description
+from alight.artifact import CODE, WEIGHT, WEIGHT_CONFIG, Artifact, Description, is_exported
 from alight.cli import application
 from alight.errors import InvalidModelFile, StoreError, TargetUnavailable
 from alight.folders import folder_of
@@ -94,6 +94,19 @@ def test_an_onnx_folder_without_its_graph_is_told(tmp_path: Path) -> None:
     (folder / "model.onnx").unlink()
     with pytest.raises(InvalidModelFile, match=r"names model\.onnx"):
         Artifact.loose(folder)
+
+
+def test_an_encoder_needs_no_genai_config(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"x")
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "max_position_embeddings": 512}')
+    artifact = Artifact.loose(tmp_path)
+    assert (artifact.format, artifact.description.architecture, artifact.trained_context) == (
+        "onnx",
+        "bert",
+        512,
+    )
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    assert not is_exported(tmp_path), "it is a checkpoint that brings a graph along"
 
 
 def test_any_other_folder_is_none(tmp_path: Path) -> None:

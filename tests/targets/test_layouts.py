@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from test_engine import greedy, same_up_to_a_tie
-from tiny_model import tiny_model
+from tiny_model import tiny_adapter, tiny_model
 
 import alight
 from alight.target import Completion, Model
@@ -69,47 +70,85 @@ def test_a_state_fits_any_number_of_streams(tmp_path: Path, flash: bool) -> None
     model.close()
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Model, Model]]:
-    file = tiny_model(tmp_path_factory.mktemp("pair") / "tiny.gguf", context=LONG)
+@pytest.fixture(scope="module", params=["plain", "lookup and adapters"])
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    folder = tmp_path_factory.mktemp("pair")
+    file = tiny_model(folder / "tiny.gguf", context=LONG)
+    options: dict[str, object] = {"threads": 1, "context": LONG}
+    if request.param != "plain":
+        options["adapters"] = (("style", str(tiny_adapter(folder / "style.gguf"))),)
+    guesses = 0 if request.param == "plain" else 4
     with (
-        alight.load(file, threads=1, context=LONG, slots=6) as crowded,
-        alight.load(file, threads=1, context=LONG, slots=1) as alone,
+        alight.load(file, slots=6, lookup=guesses, **options) as crowded,
+        alight.load(file, slots=1, **options) as alone,
     ):
-        yield crowded, alone
+        yield Pair(crowded, alone, styles=((),) if not guesses else ((), (("style", 1.0),)))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One model for all at once and one for each alone, and the sets of adapters that they can use."""
+
+    crowded: Model
+    alone: Model
+    styles: tuple[tuple[tuple[str, float], ...], ...]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request; it may hang up after a few chunks."""
+
+    prompt: list[int]
+    count: int
+    hangs_up: bool
+    style: tuple[tuple[str, float], ...]
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_each_gets_what_it_gets_alone_in_every_layout(pair: tuple[Model, Model], seed: int) -> None:
-    crowded, alone = pair
+def test_each_gets_what_it_gets_alone_in_every_layout(pair: Pair, seed: int) -> None:
     draw = random.Random(seed)
-    moves = crowded.metrics()["cache_moves_total"]
+    moves = pair.crowded.metrics()["cache_moves_total"]
     shared = [draw.randrange(200) for _ in range(300)]
-    requests = []
+    first = []
     for _ in range(12):  # short ones, ones that outgrow their part, long ones; some go on from others
         start = shared[: draw.choice([0, 0, 40, 300])]
         own = [draw.randrange(200) for _ in range(draw.choice([3, 30, 200, 600]))]
-        requests.append(([*start, *own], draw.choice([4, 40, 150]), draw.random() < 0.2))
+        count, hangs_up = draw.choice([4, 40, 150]), draw.random() < 0.2
+        first.append(Ask([*start, *own], count, hangs_up, draw.choice(pair.styles)))
+    answers = answers_at_once(pair, first)
+    # The next turns of the same conversations, from what is kept, parked or gone by now.
+    turns = [
+        replace(a, prompt=[*a.prompt, *said, 5, 6], count=12) for a, said in zip(first, answers, strict=True)
+    ]
+    answers_at_once(pair, turns)
+    assert pair.crowded.metrics()["cache_moves_total"] > moves
+
+
+def answers_at_once(pair: Pair, asks: list[Ask]) -> list[list[int]]:
+    """The answers to all of them, each checked against what the other model says to it alone."""
+    answers: list[list[int]] = [[] for _ in asks]
     failures: list[str] = []
     lock = threading.Lock()
 
-    def ask(prompt: list[int], count: int, hangs_up: bool) -> None:
-        got: list[int] = []
-        stream = crowded.generate(prompt, greedy(count))
+    def ask(index: int) -> None:
+        prompt, count, adapters = asks[index].prompt, asks[index].count, asks[index].style
+        got = answers[index]
+        stream = pair.crowded.generate(prompt, greedy(count, adapters=adapters))
         for number, chunk in enumerate(stream):
             got += chunk.tokens
-            if hangs_up and number == 3:
+            if asks[index].hangs_up and number == 3:
                 stream.close()
                 break
         with lock:
-            expected = Completion.of(alone.generate(prompt, greedy(len(got) or 1, logprobs=2)))
+            sampling = greedy(len(got) or 1, logprobs=2, adapters=adapters)
+            expected = Completion.of(pair.alone.generate(prompt, sampling))
             if not same_up_to_a_tie(got, expected):
                 failures.append(f"{len(prompt)} tokens: {got} instead of {expected.tokens}")
 
-    threads = [threading.Thread(target=ask, args=r) for r in requests]
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(asks))]
     for t in threads:
         t.start()
     for t in threads:
         t.join()
     assert not failures
-    assert crowded.metrics()["cache_moves_total"] > moves
+    return answers

@@ -168,7 +168,7 @@ def _with_small_functions(
         builder.emit_func_output(StringImm(json.dumps(metadata)))
     with builder.function("alloc_embedding_tensor", params=[]):
         shape = relax.ShapeExpr([metadata["prefill_chunk_size"], arch.hidden])
-        allocated = relax.op.builtin.alloc_tensor(shape, relax.DataTypeImm(mode.dtype), runtime_device_index=0)
+        allocated = relax.op.builtin.alloc_tensor(shape, mode.dtype, runtime_device_index=0)
         builder.emit_func_output(builder.emit(allocated))
     return builder.finalize()
 

@@ -103,9 +103,8 @@ def _write_weights(
         if not _is_quantized(parameter, chosen):
             shards.add(parameter.name, np.concatenate(rows))
             continue
-        words, scales = zip(
-            *map(quantize, rows), strict=True
-        )  # each row for itself, so before they are joined
+        # Rows are quantized each for itself, so the parts of a fused matrix may be, too.
+        words, scales = zip(*map(quantize, rows), strict=True)
         module = parameter.name.removesuffix(".weight")
         shards.add(f"{module}.q_weight", np.concatenate(words))
         shards.add(f"{module}.q_scale", np.concatenate(scales))
@@ -121,7 +120,9 @@ def _values(checkpoint: Checkpoint, name: str, offset: float, chosen: Mode) -> A
             f"tensor {name!r} of {checkpoint.folder.name} has NaN or infinite values",
             hint="The checkpoint is damaged, or its training diverged.",
         )
-    values: Array = stored.float().numpy() + np.float32(offset)
+    values: Array = stored.float().numpy()
+    if offset:
+        values = values + np.float32(offset)
     with np.errstate(over="ignore"):
         cast = values.astype(chosen.float_type, copy=False)
     if not np.isfinite(cast).all():

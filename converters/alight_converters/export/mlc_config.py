@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from alight.errors import BadInput, Unsupported
+from alight.errors import BadInput, InvalidModelFile, Unsupported
 from alight_converters.checkpoint import Checkpoint
 from alight_converters.export.gguf_metadata import head_size
 from alight_converters.export.mlc_conversation import Tokens, conversation
@@ -182,7 +182,10 @@ def _tokens(
     from tokenizers import Tokenizer
 
     settings = read_settings(checkpoint.folder)
-    reader = Tokenizer.from_str(json.dumps(tokenizer))
+    try:
+        reader = Tokenizer.from_str(json.dumps(tokenizer))
+    except Exception as error:  # tokenizers raises nothing more exact
+        raise InvalidModelFile(f"the tokenizer of {checkpoint.folder.name} is not usable: {error}") from error
     bos = token_text(settings.get("bos_token"))
     if not bos and isinstance(said.get("bos_token_id"), int):
         bos = reader.id_to_token(said["bos_token_id"]) or ""

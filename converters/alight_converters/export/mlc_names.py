@@ -71,7 +71,8 @@ class Parameter:
 
     Attributes:
         sources: tensors of the checkpoint, whose rows it holds one below the other.
-        offset: added to the values. MLC wants Gemma's norms whole, which the checkpoint stores less 1.
+        offset: added to the values. MLC wants Gemma's norms whole, which the checkpoint stores less 1. (mlc_llm adds
+            it in the checkpoint's type, which rounds norms in bfloat16. Here it is added in float32.)
     """
 
     name: str

@@ -47,7 +47,7 @@ Told = Callable[[int, int], None]
 
 
 def quantize(
-    model: ir.Model, grid: Grid, imatrix: Imatrix | None = None, told: Told = lambda done, of: None
+    model: ir.Model, grid: Grid, imatrix: Imatrix | None = None, told: Told | None = None
 ) -> list[str]:
     """Quantize all matrices of a float graph of onnxruntime-genai's builder, in place.
 
@@ -78,7 +78,8 @@ def quantize(
             _Stored.of(graph, name.strip("/").removesuffix("/MatMul").replace("/", "."), rounded).multiply(
                 graph, node
             )
-        told(done + 1, len(nodes))
+        if told:
+            told(done + 1, len(nodes))
     whole += _quantize_embedding(graph, grid, head, half_scales=halves)
     RemoveUnusedNodesPass()(model)
     graph.opset_imports[_MICROSOFT] = 1

@@ -23,7 +23,7 @@ def command(
     name: Annotated[
         str,
         typer.Argument(
-            help="A model of the store, a .gguf file or a source.",
+            help="A model of the store, a .gguf file, an ONNX or MLC folder, or a source.",
             metavar="NAME_OR_SOURCE",
             autocompletion=complete_model,
         ),

@@ -31,6 +31,7 @@ class DecoderConfig:
     graph: Path
     vocabulary: int
     context: int
+    hidden: int
     layers: int
     kv_heads: int
     head_size: int
@@ -83,6 +84,7 @@ class DecoderConfig:
             graph=graph,
             vocabulary=int(model["vocab_size"]),
             context=int(model["context_length"]),
+            hidden=int(decoder["hidden_size"]),
             layers=layers,
             kv_heads=int(decoder["num_key_value_heads"]),
             head_size=int(decoder["head_size"]),

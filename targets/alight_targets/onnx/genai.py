@@ -112,7 +112,9 @@ class GenaiBackend(Backend):
             if len(rows) == part:
                 yield rows
             else:
-                raise Unsupported("the graph gives the logits of the last token only, so it cannot score a text")
+                raise Unsupported(
+                    "the graph gives the logits of the last token only, so it cannot score a text"
+                )
 
     def hidden(self, tokens: Sequence[int]) -> FloatArray:
         """The last hidden states of a text, shape (len(tokens), width)."""

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from alight.errors import InvalidModelFile, Unsupported
 from alight_targets.onnx import runtime
@@ -53,7 +52,7 @@ class Graph:
         self._session = open_session(config.graph, provider, threads)
         self._inputs = {i.name: _type(i) for i in self._session.get_inputs()}
         self._outputs = {o.name: _type(o) for o in self._session.get_outputs()}
-        self.kv_type = self._inputs[config.past[0]] if config.past[0] in self._inputs else np.float32
+        self.kv_type = self._inputs.get(config.past[0], np.float32)
         known = {config.input_ids, config.attention_mask, config.position_ids, *config.past}
         if strange := sorted(set(self._inputs) - known):
             raise Unsupported(
@@ -90,17 +89,10 @@ class Graph:
             inputs[config.position_ids] = positions.astype(self._inputs[config.position_ids])
         for name, array in inputs.items():
             binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        made: NDArray[Any] | None = None
-        if output == config.logits:
-            made = np.empty((*ids.shape, config.vocabulary), self._outputs[output])
-            binding.bind_output(output, "cpu", 0, made.dtype.type, made.shape, made.ctypes.data)
-        else:
-            binding.bind_output(output, "cpu")
-            binding.bind_output(config.logits, "cpu")
+        columns = config.vocabulary if output == config.logits else config.hidden
+        made = np.empty((*ids.shape, columns), self._outputs[output])
+        binding.bind_output(output, "cpu", 0, made.dtype.type, made.shape, made.ctypes.data)
         self._session.run_with_iobinding(binding)
-        if made is None:
-            names = [output.get_name() for output in ()]
-            made = _bound(binding, self._session, output, names)
         return made.astype(np.float32, copy=False)
 
     def close(self) -> None:

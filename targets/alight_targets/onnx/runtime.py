@@ -114,7 +114,9 @@ def choose_provider(asked: str, wanted_by_model: str) -> tuple[Provider, str]:
     wanted = next((p for p in PROVIDERS if p.genai and p.genai.lower() == wanted_by_model.lower()), None)
     if wanted and wanted.full in here:
         return wanted, ""
-    word = f"the model was exported for {wanted.name}, which the installed onnxruntime lacks" if wanted else ""
+    word = (
+        f"the model was exported for {wanted.name}, which the installed onnxruntime lacks" if wanted else ""
+    )
     return best, word
 
 

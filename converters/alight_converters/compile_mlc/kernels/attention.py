@@ -104,12 +104,13 @@ def _ragged_prefill(heads: int, kv_heads: int, width: int, dtype: str, softcap: 
     ):  # fmt: skip
         T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
         batch, tokens, rows = T.int32(), T.int32(), T.int32()
-        q_from, kv_from = T.int32(), T.int32()
+        q_from, kv_from, offsets_from = T.int32(), T.int32(), T.int32()
         q = T.match_buffer(q_, (tokens, heads, width), dtype)
         q_starts = T.match_buffer(q_starts_, (batch + 1,), "int32", elem_offset=q_from)
         k = T.match_buffer(k_, (rows, kv_heads, width), dtype)
         v = T.match_buffer(v_, (rows, kv_heads, width), dtype)
         kv_starts = T.match_buffer(kv_starts_, (batch + 1,), "int32", elem_offset=kv_from)
+        T.match_buffer(k_offsets_, (batch,), "int32", elem_offset=offsets_from)  # tells the number of sequences
         output = T.match_buffer(output_, (tokens, heads, width), dtype)
         lse = T.match_buffer(lse_, (tokens, heads), "float32")
         for unit in T.parallel(tokens * heads):
