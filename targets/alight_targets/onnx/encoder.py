@@ -27,13 +27,15 @@ _HIDDEN = ("last_hidden_state", "token_embeddings")
 _TEXTS = 16  # in one run
 
 
-def is_encoder(folder: Path) -> bool:
-    """Whether a folder holds a graph that reads whole texts, and no decoder."""
+def encoder_graph(folder: Path) -> Path | None:
+    """The graph of a model that reads whole texts; None where a folder holds a decoder."""
     config = folder / GENAI_CONFIG
     if not config.is_file():
-        return (folder / _GRAPH).is_file()
+        return folder / _GRAPH if (folder / _GRAPH).is_file() else None
     model = _read(config).get("model")
-    return isinstance(model, dict) and "decoder" not in model and (folder / _GRAPH).is_file()
+    parts = model if isinstance(model, dict) else {}
+    files = [part["filename"] for part in parts.values() if isinstance(part, dict) and "filename" in part]
+    return folder / str(files[0]) if files and "decoder" not in parts else None
 
 
 class EncoderModel(Model):
@@ -46,7 +48,7 @@ class EncoderModel(Model):
     def __init__(
         self,
         artifact: Artifact,
-        folder: Path,
+        graph: Path,
         options: LoadOptions,
         *,
         provider: Provider,
@@ -55,6 +57,7 @@ class EncoderModel(Model):
     ) -> None:
         from tokenizers import Tokenizer
 
+        folder = graph.parent
         config, pooling = _read(folder / "config.json"), _read(folder / "1_Pooling" / "config.json")
         try:
             self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
@@ -64,7 +67,7 @@ class EncoderModel(Model):
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # a control token in a text is text
         self._padding = int(config.get("pad_token_id") or 0)
-        self._session: Any = open_session(folder / _GRAPH, provider, threads)
+        self._session: Any = open_session(graph, provider, threads)
         self._inputs = {
             i.name: np.int32 if "int32" in i.type else np.int64 for i in self._session.get_inputs()
         }
