@@ -18,13 +18,14 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from compression_untrained import ON_GRID, untrained
 
 from alight import api, evaluate, plugins
 from alight.artifact import Artifact
@@ -35,8 +36,6 @@ from alight_converters.build import GGUFBuilder
 from alight_converters.calibration import Calibration
 from alight_converters.checkpoint import Checkpoint
 from alight_converters.export.gguf import export
-from alight_converters.passes import Context
-from alight_converters.quantize.awq import Awq
 from alight_converters.quantize.folding import fold, groups
 from alight_converters.quantize.gguf import plan, quantize
 from alight_converters.quantize.imatrix import Imatrix, collect
@@ -50,7 +49,6 @@ TOKENS = 3072  # to measure on; the second half of each window counts
 ROWS, LENGTH = 40, 512  # of the calibration half
 TYPES = ("Q4_0", "IQ4_NL", "Q3_K_M")  # IQ4_XS falls back to IQ4_NL at this width
 MIXED_TYPES = ("Q4_0", "Q3_K_M")
-ON_GRID = {"token_embd.weight": "Q8_0"}  # QAT to q4_0 trains the embedding, which is the head, at Q8_0
 CONTEXT = 1024
 CALIBRATION = 80_000  # characters for the search: as much as ROWS and LENGTH are
 BUDGETS: tuple[dict[str, float], ...] = (
@@ -177,10 +175,13 @@ class Quantization:
         made = self.folder / "form.gguf"
         file = quantize(source or self.source, made, kind, imatrix=matrix, tensor_types=types)
         try:
-            with load(file) as model:
-                return evaluate.compare(model, self._reference).kl_mean or 0.0
+            return self.kl_of(file)
         finally:
             file.unlink()
+
+    def kl_of(self, file: Path) -> float:
+        with load(file) as model:
+            return evaluate.compare(model, self._reference).kl_mean or 0.0
 
     def matrix_of_llama(self, tool: Path) -> Path:
         """By llama.cpp's own tool, from the same rows."""
@@ -224,20 +225,11 @@ def mixed(q: Quantization, told: Rows) -> None:
 
 def qat(q: Quantization, trained: Path | None, told: Rows) -> None:
     """Q4_0 with the embedding at Q8_0, the types that QAT trains for, with and without training."""
-    context = Context(q.folder / "awq", q.folder / "work", q.checkpoint, q.rows)
-    scaled = Awq().run(q.checkpoint, context)
-    scaled_file = q.exported(scaled, "awq")
-    ways: dict[str, Callable[[], float]] = {
-        "rounded": lambda: q.kl("Q4_0", None, ON_GRID),
-        "imatrix": lambda: q.kl("Q4_0", q.matrix, ON_GRID),
-        "awq": lambda: q.kl("Q4_0", None, ON_GRID, scaled_file),
-        "awq and imatrix": lambda: q.kl("Q4_0", collect(scaled, q.rows), ON_GRID, scaled_file),
-    }
     found = {}
-    for name, way in ways.items():
-        found[name] = way()
-        told.add(f"Q4_0 without training: {name}", "none, for comparison", None, kl=found[name])
-    scaled_file.unlink()
+    with tempfile.TemporaryDirectory(dir=q.folder) as folder:
+        for form, file in untrained(q.checkpoint, q.rows, Path(folder)):
+            found[form] = q.kl_of(file)
+            told.add(f"Q4_0 without training: {form}", "none, for comparison", None, kl=found[form])
     if trained:
         kl = q.kl("Q4_0", None, ON_GRID, q.exported(Checkpoint.open(trained), "qat"))
         best = min(found, key=lambda name: found[name])

@@ -11,6 +11,7 @@ Each phase is a command of its own, leaves what it made in a state folder, and g
     $S distil random-distilled --random '{"num_hidden_layers": 20}' --steps 1372
     $S qat qat-q4_0 --minutes 4
     $S measure source pruned pruned-distilled random-distilled qat-q4_0
+    $S untrained                                      # Q4_0 without training, on the same text; wants llama.cpp too
     $S pack qat-q4_0 --out $OUT --first 0             # at most 60 MB in pieces of 15 MB; --first 4 has the next ones
     $S unpack qat-q4_0 PIECE…                         # on the machine that they came back to
 
@@ -19,6 +20,9 @@ There, `compression.py --only qat --qat $STATE/qat-q4_0` measures it on llama.cp
 The machine needs torch, transformers 5, numpy, safetensors, pydantic, gguf and sentencepiece, and no network.
 The first half of the text is for calibration and training, the second half for measuring only. Rows to train
 on are the first half itself, and text that the source writes after prompts from it. A phase prints one line of JSON.
+
+`untrained` runs on a CPU as well, and `measure` of a checkpoint that came back: there `prepare --rows 1 --minutes 0`
+is enough, and with `--test-tokens 16384` before the phase each is measured on so much of the text only.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -95,7 +100,7 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "tokens": {"calibration": len(calibration), "test": len(test), "written": written.numel()},
         "written_per_second": speed,
-        "source": measure(source, test, device=args.device),
+        "source": measure(source, test[: args.test_tokens], device=args.device),
     }
 
 
@@ -245,6 +250,25 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
     return {name: measure(m, test, device=args.device, against=source) for name, m in models.items()}
 
 
+def untrained(args: argparse.Namespace) -> dict[str, Any]:
+    """Forms of GGUF Q4_0, read back; and the source rounded as QAT rounds it, to compare this text with another."""
+    from compression_untrained import FORMS  # llama.cpp is not on every machine that trains
+    from compression_untrained import untrained as made
+
+    source, test = Checkpoint.open(args.state / "source"), test_text(args)
+    text = load_file(args.state / "text.safetensors")["calibration"][: args.rows * args.length]
+    rows = Calibration(text.reshape(args.rows, args.length), "first half of the text")
+    forms = args.forms or ("on-grid", *FORMS)
+    found = {"on-grid": ptq(source, "q4_0", test, device=args.device)} if "on-grid" in forms else {}
+    with tempfile.TemporaryDirectory(dir=args.state) as folder:
+        for form, file in made(source, rows, Path(folder), forms, device=args.device):
+            read = open_source(file, Path(folder))
+            found[form] = measure(read, test, device=args.device, against=source)
+            shutil.rmtree(read.folder)
+            print(f"{form}: {found[form]}", file=sys.stderr, flush=True)
+    return found
+
+
 def thinned(losses: list[float], points: int = 50) -> list[list[float]]:
     """[step, mean loss since the point before]."""
     width = max(1, len(losses) // points)
@@ -305,6 +329,10 @@ def arguments() -> argparse.Namespace:
             p.add_argument("--grid", default="q4_0")
 
     phase("measure", measure_all).add_argument("names", nargs="+")
+
+    p = phase("untrained", untrained)
+    p.add_argument("forms", nargs="*", help="on-grid, rounded, imatrix, awq, awq+imatrix; all unless told")
+    p.add_argument("--rows", type=int, default=40, help="of the text's first half, to calibrate with")
 
     p = phase("pack", lambda args: pack(Checkpoint.open(args.state / args.name), args), "name")
     p.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "out")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,9 @@ from alight_targets.mlc.backend import TvmBackend
 from alight_targets.mlc.libraries import choose
 
 
-def build(checkpoint: Checkpoint, folder: Path, mode: str, context: int = 128, target: str = "native") -> Path:
+def build(
+    checkpoint: Checkpoint, folder: Path, mode: str, context: int = 128, target: str = "native"
+) -> Path:
     """Export and compile; returns the folder."""
     export(checkpoint, folder, mode, context=context)
     config = json.loads((folder / "mlc-chat-config.json").read_text())
@@ -29,12 +32,15 @@ def backend(folder: Path, slots: int = 4) -> TvmBackend:
     return TvmBackend(folder, library, context=library.context, slots=slots, threads=1)
 
 
-def reference(checkpoint: Checkpoint, mode: str) -> torch.nn.Module:
+def reference(checkpoint: Checkpoint, mode: str) -> Any:
     """The model in transformers, in float32, with the weights that the mode makes of them."""
     model = checkpoint.load()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(torch.from_numpy(_rounded(parameter.numpy(), mode)))
+            offset = (
+                checkpoint.family.norm_offset if parameter.ndim == 1 else 0.0
+            )  # MLC holds Gemma's norms whole
+            parameter.copy_(torch.from_numpy(_rounded(parameter.numpy() + np.float32(offset), mode) - offset))
     return model
 
 
@@ -56,15 +62,13 @@ def _stored(values: np.ndarray) -> np.ndarray:
     return (to_bfloat16(values).astype(np.uint32) << 16).view(np.float32)
 
 
-def greedy(model: torch.nn.Module, prompt: list[int], count: int) -> tuple[list[int], float]:
-    """The likeliest continuation, and by how much its closest choice was the likeliest."""
-    tokens, closest = list(prompt), np.inf
-    with torch.no_grad():
-        for _ in range(count):
-            best = model(torch.tensor([tokens])).logits[0, -1].topk(2)
-            closest = min(closest, float(best.values[0] - best.values[1]))
-            tokens.append(int(best.indices[0]))
-    return tokens[len(prompt) :], closest
+def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
+    """The likeliest continuation, by transformers."""
+    found = model.generate(
+        torch.tensor([prompt]), do_sample=False, max_new_tokens=count, min_new_tokens=count, pad_token_id=0
+    )
+    tokens: list[int] = found[0, len(prompt) :].tolist()
+    return tokens
 
 
 def continued(engine: TvmBackend, prompt: list[int], count: int) -> list[int]:

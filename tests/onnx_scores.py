@@ -45,3 +45,32 @@ def log_probabilities(folder: Path, tokens: list[int], steps: int = 0) -> np.nda
     whole = np.concatenate(logits)
     whole -= whole.max(-1, keepdims=True)
     return whole - np.log(np.exp(whole).sum(-1, keepdims=True))
+
+
+def genai_logits(folder: Path, tokens: list[int]) -> np.ndarray:
+    """The logits after the last token, from onnxruntime-genai: it reads `genai_config.json` and feeds the graph."""
+    import onnxruntime_genai
+
+    model = onnxruntime_genai.Model(str(folder))
+    settings = onnxruntime_genai.GeneratorParams(model)
+    settings.set_search_options(max_length=len(tokens) + 2)
+    generator = onnxruntime_genai.Generator(model, settings)
+    generator.append_tokens(np.array([tokens], np.int32))
+    found: np.ndarray = generator.get_output("logits")[0, -1].astype(np.float64)
+    return found
+
+
+def genai_greedy(folder: Path, text: str, count: int) -> str:
+    """What onnxruntime-genai continues a text with, tokenizer and all."""
+    import onnxruntime_genai
+
+    model = onnxruntime_genai.Model(str(folder))
+    tokenizer = onnxruntime_genai.Tokenizer(model)
+    tokens = list(tokenizer.encode(text))
+    settings = onnxruntime_genai.GeneratorParams(model)
+    settings.set_search_options(max_length=len(tokens) + count, do_sample=False)
+    generator = onnxruntime_genai.Generator(model, settings)
+    generator.append_tokens(np.array([tokens], np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    return str(tokenizer.decode(generator.get_sequence(0)[len(tokens) :]))

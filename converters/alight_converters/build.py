@@ -18,7 +18,14 @@ from alight_converters import report
 from alight_converters.build_keep import keep, write_folder
 from alight_converters.build_measure import Judge
 from alight_converters.build_mixed import Mix, mix_of, room_for
-from alight_converters.build_weights import Weights, calibration_key, calibration_of, imatrix_of, told
+from alight_converters.build_weights import (
+    Weights,
+    calibration_key,
+    calibration_of,
+    check_calibration,
+    imatrix_of,
+    told,
+)
 from alight_converters.build_workspace import cache, key_of, read_json, workspace, write_json
 from alight_converters.quantize.gguf import quantize
 from alight_converters.search import SEARCHED, choose, pareto, search
@@ -83,6 +90,7 @@ class GGUFBuilder(Builder):
 
 
 def _plan(request: BuildRequest, source: Weights) -> list[Prediction]:
+    check_calibration(request.calibration)
     types: Sequence[str] | None = request.types
     if types is None:
         with_imatrix = _imatrix_fits(request, source)

@@ -12,7 +12,7 @@ from alight.blobs import disk_full_is_ours
 from alight.builder import Builder, BuildRequest, BuildResult, Progress
 from alight.errors import BadInput
 from alight.planner import Prediction
-from alight_converters.build_weights import Weights, calibration_key, calibration_of, told
+from alight_converters.build_weights import Weights, calibration_key, calibration_of, check_calibration, told
 from alight_converters.build_workspace import key_of, workspace
 from alight_converters.calibration import Calibration
 from alight_converters.exports import Exports, Input, names_of, predict
@@ -67,20 +67,25 @@ def exports_of(request: BuildRequest) -> list[Export]:
     """What the formats and types of a request mean: of each format the types that it has, or its usual one.
 
     Raises:
-        BadInput: a type that none of the formats has, with those that they have; a calibration text that nothing uses.
+        BadInput: a type that none of the formats has, with those that they have; a calibration text that nothing uses,
+        or that is not there.
     """
+    check_calibration(request.calibration)
     found: list[Export] = []
-    unused = dict.fromkeys(request.types or ())
+    refused: dict[str, list[str]] = {kind: [] for kind in request.types or ()}
     for name in request.formats:
         format = plugins.find(plugins.EXPORTERS, name, "format")
-        mine = [export for kind in unused if isinstance(export := _of(format, kind), Export)]
+        mine = []
+        for kind, why in refused.items():
+            answer = _of(format, kind)
+            if isinstance(answer, Export):
+                mine.append(answer)
+            else:
+                why.append(f"{name}: {answer}")
         found += mine or [format.of_type(None)]
-    for kind in unused:
-        refused = [
-            (name, _of(plugins.find(plugins.EXPORTERS, name, "format"), kind)) for name in request.formats
-        ]
-        if not any(isinstance(answer, Export) for _, answer in refused):
-            raise BadInput("; ".join(f"{name}: {why}" for name, why in refused), hint="Ask for another type.")
+    for kind, why in refused.items():
+        if len(why) == len(request.formats):
+            raise BadInput(f"no {' and no '.join(request.formats)} type is {kind!r}", hint="\n".join(why))
     if request.calibration is not None and not any(export.calibrated for export in found):
         raise BadInput(
             f"a calibration text is given, but {', '.join(e.label for e in found)} needs none",
@@ -94,6 +99,6 @@ def _of(format: type[Export], kind: str) -> Export | str:
     try:
         return format.of_type(kind)
     except ValidationError as error:
-        return "; ".join(f"type {m.what}" for m in mistakes_of(error, (), format))
+        return "; ".join(m.what for m in mistakes_of(error, (), format))
     except BadInput as error:
-        return " ".join(str(error).splitlines())
+        return f"{error.message}. {error.hint}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from alight.artifact import Artifact, digest_of
 from alight.blobs import hash_file
-from alight.errors import MissingExtra, Unsupported
+from alight.errors import BadInput, MissingExtra, Unsupported
 from alight.evaluate import Progress
 from alight.folders import folder_of
 from alight.gguf import GGUFHeader, read_headers
 from alight.planner import Form, Shape, shape_of_checkpoint, shape_of_gguf
+from alight.sources.hub import Address
 from alight_converters.build_workspace import cache, digest_of_path, key_of
+from alight_converters.documents import HUB, local
 from alight_converters.quantize.gguf import Fallbacks, merge, quantize
 
 if TYPE_CHECKING:  # torch is not needed to quantize a GGUF
@@ -150,35 +153,57 @@ def imatrix_of(
 def calibration_of(
     checkpoint: Checkpoint, given: str | Path | None, seed: int, progress: Progress | None = None
 ) -> Calibration:
-    """Rows of the user's text or files, or of text that the model writes.
+    """Rows of the user's text, files or data set, or of text that the model writes.
 
     Raises:
         BadInput: the text is too short, or a file is not as `Calibration.of_file` wants it.
+        SourceError, NetworkError, DiskFull: a data set of the hub cannot be fetched.
     """
     from alight_converters.calibration import Calibration
 
     if given is None:
         return Calibration.sampled(checkpoint, ROWS, LENGTH, seed, progress=progress)
     tokenizer = checkpoint.tokenizer()
-    if isinstance(given, Path):
-        return Calibration.of_file(given, tokenizer, MOST_ROWS, LENGTH, fewest=FEWEST_ROWS)
-    return Calibration.of_text(
-        given, tokenizer, MOST_ROWS, LENGTH, fewest=FEWEST_ROWS, origin="the calibration text"
-    )
+    if _is_text(given):
+        return Calibration.of_text(
+            str(given), tokenizer, MOST_ROWS, LENGTH, fewest=FEWEST_ROWS, origin="the calibration text"
+        )
+    made = Calibration.of_file(local(given), tokenizer, MOST_ROWS, LENGTH, fewest=FEWEST_ROWS)
+    return replace(made, origin=given) if isinstance(given, str) else made  # an address, not a folder's name
 
 
 def calibration_key(given: str | Path | None, seed: int) -> dict[str, Any]:
     """What decides the rows of `calibration_of`, but for the checkpoint.
 
     Raises:
-        BadInput: there is no such file.
+        BadInput: there is no such file. SourceError, NetworkError, DiskFull: a data set cannot be fetched.
     """
     if given is None:
         return {"seed": seed}
     rows = {"fewest": FEWEST_ROWS, "most": MOST_ROWS}
     return rows | (
-        {"files": digest_of_path(given)} if isinstance(given, Path) else {"text": key_of(text=given)}
+        {"text": key_of(text=given)} if _is_text(given) else {"files": digest_of_path(local(given))}
     )
+
+
+def check_calibration(given: str | Path | None) -> None:
+    """What can be told before any work, and without the network.
+
+    Raises:
+        BadInput: there is no such file or folder, or the address of a data set is wrong.
+    """
+    if isinstance(given, Path) and not given.exists():
+        raise BadInput(
+            f"the calibration text {given} does not exist",
+            hint=f"Give a file, a folder, or {HUB}organisation/name.",
+        )
+    if isinstance(given, str) and not _is_text(given):
+        Address.of_dataset(given)
+
+
+def _is_text(given: str | Path) -> bool:
+    """The text itself, and not where it is."""
+    return isinstance(given, str) and not given.startswith("hf://")
 
 
 def told(calibration: Calibration) -> str:

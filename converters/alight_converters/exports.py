@@ -31,8 +31,8 @@ RUNTIMES = {
     "onnx": ("onnxruntime", "onnxruntime-genai", "onnx"),
     "mlc": ("apache-tvm", "apache-tvm-ffi"),
 }
-# Speed against llama.cpp with weights of as many bits; measured with benchmarks/formats.py on x86-64.
-_SHARE = {"onnx": 0.8, "mlc": 0.4}
+# Speed against llama.cpp with weights of as many bits, on x86-64: a rough prior, which benchmarks/formats.py measures.
+_SHARE = {"onnx": 1.0, "mlc": 0.7}
 
 
 @dataclass(frozen=True)

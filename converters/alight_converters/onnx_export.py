@@ -24,7 +24,8 @@ class ONNX(Export):
     Attributes:
         type: fp32 and fp16 (which is for GPUs), or int8 and int4, where a block of weights shares a scale.
         block: of int8 and int4: 32, 64 or 128 columns.
-        symmetric: of int8 and int4: no zero points. After QAT on the grid "onnx_int4" it has to be.
+        symmetric: of int8 and int4: no zero points. Weights that QAT left on the grid "onnx_int4" stay as they are in
+            symmetric blocks of 32 without an importance matrix, and in no others.
         imatrix: of int4: weigh rounding errors by an importance matrix.
     """
 

@@ -241,7 +241,7 @@ def _mistake(error: dict[str, Any], where: Where, model: type[BaseModel]) -> Mis
         return Mistake(here, "must have one entry at least")
     if kind == "value_error":
         cause = context.get("error")
-        words = " ".join(str(cause or error["msg"].removeprefix("Value error, ")).splitlines())
+        words = ". ".join(str(cause or error["msg"].removeprefix("Value error, ")).splitlines())
         return Mistake(here, words if repr(error["input"]) in words else f"{words}{got}")
     if kind in ("model_type", "model_attributes_type", "dict_type") and inside:
         return Mistake(here, f"must be a mapping; {_keys(inside)}{got}")

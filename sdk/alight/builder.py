@@ -36,8 +36,9 @@ class BuildRequest:
         min_speed: decode of each stream, tokens/s. max_memory: bytes. max_kl: nats, mean.
         text: what to measure quality on; None samples it from the source model.
         tokens: how many tokens to measure on.
-        calibration: what importance matrices are made from: a text, or the path of a file or folder (.txt, .md, .jsonl
-            of texts or chats, .csv); the first 131,072 tokens are used. None samples it from the source model.
+        calibration: what importance matrices are made from: a text; the path of a file or folder (.txt, .md, .jsonl or
+            .json of texts or chats, .csv, .parquet, .arrow); or a data set, `hf://datasets/organisation/name`. The
+            first 131,072 tokens are used. None samples it from the source model.
         folder: where to write the artifact as a plain folder, too.
     """
 

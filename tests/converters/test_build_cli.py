@@ -66,6 +66,14 @@ def test_several_streams_and_calibration_from_a_file(tiny: Checkpoint, tmp_path:
     assert "TOK/S is that of each of 2 streams" in done.stdout
 
 
+@pytest.mark.parametrize("format", ["gguf", "gguf,mlc"])
+def test_a_dry_run_misses_the_calibration_text(tiny: Checkpoint, tmp_path: Path, format: str) -> None:
+    asked = ("--quant", "q4_0+imatrix", "--context", 64, "--format", format, "--dry-run", "--calibration")
+    refused = alight(tiny.folder, *asked, tmp_path / "absent.txt")
+    assert "absent.txt does not exist" in str(refused.exception)
+    assert "is no address of a data set" in str(alight(tiny.folder, *asked, "hf://org/name").exception)
+
+
 def test_a_recipe_and_its_dry_run(recipe: Path) -> None:
     before = alight(recipe, "--dry-run")
     assert before.exit_code == 0, before.output

@@ -53,6 +53,15 @@ def test_a_format_takes_its_own_types(tiny: Checkpoint) -> None:
     [
         (["--format", "ggfu"], "unknown format 'ggfu'\nDid you mean gguf?"),
         (["--format", "gguf", "--quant", "int3"], "unknown quantization type 'int3'"),
+        (
+            ["--format", "mlc", "--quant", "int4"],
+            "no mlc type is 'int4'\nmlc: MLC mode 'int4' is not known. Use one of q0f16",
+        ),
+        (
+            ["--format", "onnx", "--quant", "q4_0"],
+            "no onnx type is 'q4_0'\nonnx: unknown ONNX type 'q4_0'. Known: fp32",
+        ),
+        (["--format", "onnx,mlc", "--quant", "int4", "--quant", "q4_0"], "no onnx and no mlc type is 'q4_0'"),
         (["--format", "gguf,"], "unknown format ''"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The compression benchmark's own logic: rows that are kept as they come, and budgets. It measures nothing."""
+"""The compression benchmark's own logic: rows that are kept as they come, budgets, forms. It measures nothing."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # its files are scripts, not a package
 
 import compression
+import torch
+from compression_untrained import untrained
 
 from alight.builder import Candidate
 from alight.evaluate import Quality, Speed
+from alight.gguf import read_header
 from alight.planner import Memory, Prediction
+from alight_converters.calibration import Calibration
+from alight_converters.checkpoint import Checkpoint
 
 
 def test_each_row_is_on_disk_when_it_is_told(tmp_path: Path) -> None:
@@ -39,3 +44,15 @@ def test_limits_lie_between_the_smallest_and_the_largest_form() -> None:
     assert len(limits) == 8
     assert limits.count(None) == 5
     assert all(100 < limit < 200 for limit in limits if limit)
+
+
+def test_forms_without_training(tiny: Checkpoint, tmp_path: Path) -> None:
+    rows = Calibration(torch.arange(64).reshape(4, 16), "numbers")
+    weights = {}
+    for form, file in untrained(tiny, rows, tmp_path, ("awq+imatrix", "imatrix", "rounded")):
+        types = {t.name: t.type for t in read_header(file).tensors}
+        assert (types["blk.0.ffn_up.weight"], types["token_embd.weight"]) == ("Q4_0", "Q8_0")
+        weights[form] = file.read_bytes()
+    assert list(weights) == ["rounded", "imatrix", "awq+imatrix"]
+    assert len(set(weights.values())) == 3
+    assert not list(tmp_path.glob("*.gguf"))

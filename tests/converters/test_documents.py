@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from alight.errors import AlightError, BadInput, MissingExtra, SourceError
 from alight_converters import Recipe
+from alight_converters.build_weights import calibration_of
 from alight_converters.checkpoint import Checkpoint
 from alight_converters.documents import documents, local
 from alight_converters.recipe_stages import calibration_key, calibration_rows
@@ -106,7 +107,7 @@ def test_tables_of_columns(
 
 
 def test_a_data_set_of_the_hub(hub: HubServer, tiny: Checkpoint) -> None:
-    text = json.dumps({"text": "A sentence of the hub. " * 40})
+    text = json.dumps({"text": "A sentence of the hub. " * 200})
     files = {"data/train.jsonl": text.encode(), "data/test.jsonl": b"not read", "README.md": b"# a set"}
     hub.add("datasets/org/set", files)
     data = {"source": str(tiny.folder), "name": "x", "export": [{"format": "gguf"}]}
@@ -120,6 +121,10 @@ def test_a_data_set_of_the_hub(hub: HubServer, tiny: Checkpoint) -> None:
     local.cache_clear()
     assert calibration_key(recipe.calibration, 0, tiny) == key
     assert len(hub.contents) == 1, "what is here is not downloaded again"
+
+    by_build = calibration_of(tiny, "hf://datasets/org/set", seed=0)
+    assert by_build.origin == "hf://datasets/org/set"
+    assert by_build.rows.flatten().tolist()[:16] == made.rows[0].tolist()
 
     tested = local("hf://datasets/org/set:data/test*")
     assert [f.name for f in tested.rglob("*") if f.is_file()] == ["test.jsonl"], "only what was asked for"

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import tiny_checkpoints
 import tiny_tokenizers
+import torch
 from gguf_scores import kl, reference
-from onnx_scores import log_probabilities
+from onnx_scores import genai_greedy, genai_logits, log_probabilities
 from transformers import PretrainedConfig
 
 from alight.errors import BadInput, InvalidModelFile, Unsupported
@@ -44,6 +45,7 @@ def _more() -> dict[str, PretrainedConfig]:
         "llama-mlp-bias": config("llama", mlp_bias=True, hidden_act="gelu_pytorch_tanh"),
         "llama-dynamic": config("llama", **rope("dynamic", factor=2.0)),
         "gemma2-odd-width": tiny_checkpoints._gemma("gemma2", hidden_size=80),
+        "gemma3-bf16": tiny_checkpoints.families()["gemma3"][0],  # 1 + norm is to be computed in float32
         "granite-tied": config("granite", tie_word_embeddings=True, logits_scaling=3.0, embedding_multiplier=7.0),
     }  # fmt: skip
 
@@ -59,7 +61,8 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Checkpoi
     folder = tmp_path_factory.mktemp("families")
     made = {}
     for name, (config, tokens) in _families().items():
-        path = tiny_checkpoints.save(folder / name, config, tokens=tokens)
+        dtype = torch.bfloat16 if name.endswith("bf16") else torch.float32
+        path = tiny_checkpoints.save(folder / name, config, dtype=dtype, tokens=tokens)
         made[name] = (Checkpoint.open(path), folder / f"{name}-onnx")
     onnx.build(list(made.values()), "fp32")
     return made
@@ -73,19 +76,10 @@ def test_every_family_computes_what_transformers_computes(
     wanted = reference(checkpoint, TOKENS)
     assert kl(wanted, log_probabilities(folder, TOKENS)[:-1]) < 1e-9
     assert kl(wanted, log_probabilities(folder, TOKENS, steps=6)[:-1]) < 1e-9
+    last = genai_logits(folder, TOKENS[:-1])
+    assert kl(wanted[-1:], (last - np.logaddexp.reduce(last))[None]) < 1e-9
     few = TOKENS[:20]  # a short text, for which longrope has other factors
     assert kl(reference(checkpoint, few), log_probabilities(folder, few)[:-1]) < 1e-9
-
-
-def test_bfloat16_norms_of_gemma_are_not_rounded_again(tmp_path: Path) -> None:
-    import torch
-
-    config, tokens = tiny_checkpoints.families()["gemma3"]
-    saved = tiny_checkpoints.save(tmp_path / "gemma", config, dtype=torch.bfloat16, tokens=tokens)
-    checkpoint = Checkpoint.open(saved)
-    onnx.export(checkpoint, tmp_path / "onnx", FP32)
-    wanted, got = reference(checkpoint, TOKENS), log_probabilities(tmp_path / "onnx", TOKENS)[:-1]
-    assert kl(wanted, got) < 1e-9
 
 
 def test_pruned_models_export(tiny: Checkpoint, random_rows: Any, tmp_path: Path) -> None:
@@ -132,3 +126,27 @@ def test_what_cannot_be_exported_is_refused_before_the_work(tiny: Checkpoint, tm
     (wide.folder / "tokenizer.json").unlink()
     with pytest.raises(BadInput, match="tokenizer"):
         onnx.export(wide, tmp_path / "onnx", FP32)
+
+
+@pytest.fixture(scope="module")
+def smollm2_fp32(smollm2: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("smollm2-onnx") / "fp32"
+    onnx.export(smollm2, folder, FP32)
+    return folder
+
+
+def test_smollm2_says_what_transformers_says(smollm2: Checkpoint, smollm2_fp32: Path) -> None:
+    text = "<|im_start|>user\nName three colours.<|im_end|>\n<|im_start|>assistant\n"
+    tokenizer = smollm2.tokenizer()
+    prompt = torch.tensor([tokenizer(text).input_ids])
+    with torch.inference_mode():
+        said = smollm2.load().generate(prompt, max_new_tokens=24, do_sample=False)  # type: ignore[operator]
+    wanted = tokenizer.decode(said[0, prompt.shape[1] :], skip_special_tokens=True)
+    assert genai_greedy(smollm2_fp32, text, 24) == wanted
+
+
+def test_four_bits_are_as_small_as_llama_cpps(smollm2_fp32: Path, tmp_path: Path) -> None:
+    """Q4_0 of this model is a file of 91.7 MB."""
+    assert onnx.quantize(smollm2_fp32, tmp_path, Precision("int4")) == []
+    size = sum(f.stat().st_size for f in tmp_path.glob("model.onnx*"))
+    assert size < 1.1 * 91.7e6

@@ -53,13 +53,19 @@ def recipe(tmp_path: Path, tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) ->
     return file
 
 
+def torchrun(recipe: Path, *command: object) -> str:
+    """What two processes print."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(recipe.parent / "site")}
+    words = [*launcher, *map(str, command)]
+    done = subprocess.run(words, check=True, env=environment, timeout=240, stdout=subprocess.PIPE, text=True)
+    return done.stdout
+
+
 def told(recipe: Path, name: str) -> list[object]:
     """What each of two processes gave."""
     folder = recipe.parent
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder / "site")}
-    command = [*torchrun, folder / "script.py", recipe, folder / name]
-    subprocess.run(command, check=True, env=environment, timeout=240)
+    torchrun(recipe, folder / "script.py", recipe, folder / name)
     return [json.loads((folder / f"{name}{rank}").read_text()) for rank in (0, 1)]
 
 
@@ -68,6 +74,8 @@ def test_two_processes_run_a_recipe_together(recipe: Path) -> None:
     assert first == second
     assert (recipe.parent / "runs.txt").read_text() == "scale 2\n", "in one process"
     assert [s.cached for s in read(recipe).plan().stages] == [True, True]
+    printed = torchrun(recipe, "-m", "alight", "build", recipe, "--json")
+    assert json.loads(printed)["artifact"]["name"] == "together", "one result, not two"
 
 
 def test_all_processes_tell_the_error_of_the_first(recipe: Path) -> None:

@@ -94,12 +94,12 @@ def encoder(folder: Path, *, ranks: bool) -> torch.nn.Module:
             found = self.model(input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
             return found.logits if ranks else found.last_hidden_state
 
-    ids = torch.ones((2, 5), dtype=torch.int64)
+    example = tuple(torch.ones((2, 5), dtype=torch.int64) for _ in range(3))
     names = ["input_ids", "attention_mask", "token_type_ids"]
     output = "logits" if ranks else "last_hidden_state"
     axes = {name: {0: "batch", 1: "length"} for name in (*names, *([] if ranks else [output]))}
     torch.onnx.export(
-        Plain(), (ids, ids, ids), str(folder / "model.onnx"), input_names=names, output_names=[output],
+        Plain().eval(), example, str(folder / "model.onnx"), input_names=names, output_names=[output],
         dynamic_axes=axes | ({output: {0: "batch"}} if ranks else {}), dynamo=False,
     )  # fmt: skip
     return model

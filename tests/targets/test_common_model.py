@@ -280,8 +280,10 @@ def test_adapters_and_images_are_refused(load: Load) -> None:
     model, _ = load(adapters=(("style", "style.onnx_adapter"),))
     with pytest.raises(BadInput, match="no adapter 'x' is loaded"):
         model.generate([5], greedy(1, adapters=(("x", 1.0),)))
-    with pytest.raises(Unsupported, match="no LoRA adapters"):
-        answer(model, [5], greedy(1, adapters=(("style", 1.0),)))
+    for _ in range(10):  # more often than there are sequences
+        with pytest.raises(Unsupported, match="no LoRA adapters"):
+            answer(model, [5], greedy(1, adapters=(("style", 1.0),)))
+    assert answer(model, [5], greedy(1)).tokens
     with pytest.raises(Unsupported, match="cannot see images"):
         model.generate([5, b"png"])
 

@@ -58,7 +58,9 @@ class Rope:
         return cls(tuple(found))
 
     @classmethod
-    def longrope(cls, base: float, width: int, scaling: Config, original: int, trained: int, context: int) -> Rope:
+    def longrope(
+        cls, base: float, width: int, scaling: Config, original: int, trained: int, context: int
+    ) -> Rope:
         """Phi-3's (Ding et al., arXiv:2402.13753). A library has one context, and so one of the two tables:
         transformers changes tables in the middle of a conversation, where the cached keys no longer fit."""
         divisors = scaling["long_factor" if context > original else "short_factor"]
@@ -135,7 +137,11 @@ def llama_like(config: Config, *, rope: Rope | None = None, **different: Any) ->
         InvalidModelFile: a size is missing. Unsupported: a rope scaling that the family is not known to have.
     """
     try:
-        hidden, heads, layers = config["hidden_size"], config["num_attention_heads"], config["num_hidden_layers"]
+        hidden, heads, layers = (
+            config["hidden_size"],
+            config["num_attention_heads"],
+            config["num_hidden_layers"],
+        )
         width = config.get("head_dim") or hidden // heads
         scaling = config.get("rope_scaling")
         if rope is None:

@@ -17,7 +17,13 @@ from alight_converters.compile_mlc.architecture import Architecture, Rope
 from alight_converters.compile_mlc.kv_cache import create_cache
 from alight_converters.compile_mlc.layers import Linear, Norm, Setting, Weights, cast
 
-_CACHE_SIZES = ("max_batch_size", "max_total_seq_len", "prefill_chunk_size", "page_size", "support_sliding_window")
+_CACHE_SIZES = (
+    "max_batch_size",
+    "max_total_seq_len",
+    "prefill_chunk_size",
+    "page_size",
+    "support_sliding_window",
+)
 
 Tables = dict[Rope, Tensor]
 
@@ -115,7 +121,9 @@ class Decoder(nn.Module):  # type: ignore[misc]
 
     def prefill(self, input_embed: Tensor, paged_kv_cache: PagedKVCache) -> tuple[Tensor, PagedKVCache]:
         def last(x: Any) -> Any:
-            return te.compute((x.shape[0], 1, x.shape[2]), lambda i, _, k: x[i, x.shape[1] - 1, k], name="last")
+            return te.compute(
+                (x.shape[0], 1, x.shape[2]), lambda i, _, k: x[i, x.shape[1] - 1, k], name="last"
+            )
 
         hidden = op.tensor_expr_op(last, "last", [self._hidden(input_embed, paged_kv_cache)])
         return self._logits(hidden), paged_kv_cache
@@ -129,14 +137,10 @@ class Decoder(nn.Module):  # type: ignore[misc]
         hidden = self._hidden(input_embeds, paged_kv_cache)
         return self._logits(op.take(hidden, logit_positions, axis=1)), paged_kv_cache
 
-    def batch_decode(
-        self, input_embeds: Tensor, paged_kv_cache: PagedKVCache
-    ) -> tuple[Tensor, PagedKVCache]:
+    def batch_decode(self, input_embeds: Tensor, paged_kv_cache: PagedKVCache) -> tuple[Tensor, PagedKVCache]:
         return self._logits(self._hidden(input_embeds, paged_kv_cache)), paged_kv_cache
 
-    def batch_verify(
-        self, input_embeds: Tensor, paged_kv_cache: PagedKVCache
-    ) -> tuple[Tensor, PagedKVCache]:
+    def batch_verify(self, input_embeds: Tensor, paged_kv_cache: PagedKVCache) -> tuple[Tensor, PagedKVCache]:
         return self._logits(self._hidden(input_embeds, paged_kv_cache)), paged_kv_cache
 
     def create_tir_paged_kv_cache(
@@ -192,7 +196,9 @@ def _table(rope: Rope, positions: Tensor) -> Tensor:
     def both(at: Any, frequency: Any) -> Any:
         def element(kind: Any, t: Any, i: Any) -> Any:
             angle = at[t].astype("float32") * frequency[i]
-            return tirx.Select(kind == 0, tirx.cos(angle), tirx.sin(angle)) * tirx.const(rope.factor, "float32")
+            return tirx.Select(kind == 0, tirx.cos(angle), tirx.sin(angle)) * tirx.const(
+                rope.factor, "float32"
+            )
 
         return te.compute((2, at.shape[0], frequency.shape[0]), element, name="rope_table")
 
@@ -210,7 +216,9 @@ def _rotate(qkv: Tensor, table: Tensor, arch: Architecture) -> Tensor:
         def element(b: Any, t: Any, h: Any, d: Any) -> Any:
             value = x[b, t, h, d].astype("float32")
             at, i = b * tokens_each + t, d % pairs
-            other = tirx.if_then_else(d < pairs, -x[b, t, h, d + pairs], x[b, t, h, d - pairs]).astype("float32")
+            other = tirx.if_then_else(d < pairs, -x[b, t, h, d + pairs], x[b, t, h, d - pairs]).astype(
+                "float32"
+            )
             turned = value * angles[0, at, i] + other * angles[1, at, i]
             return tirx.if_then_else(tirx.And(h < rotated, d < 2 * pairs), turned, value).astype(x.dtype)
 

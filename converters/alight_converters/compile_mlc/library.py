@@ -94,12 +94,15 @@ def _built(
             metadata = _metadata(arch, mode, parameters, context, config)
             if setting.cpu:
                 module = with_our_attention(module, arch, setting.dtype)
-            module = with_sampling(module, sorting=target.kind.name == "webgpu")
+            module = with_sampling(module, gpu=not setting.cpu, sorting=target.kind.name == "webgpu")
             module = _with_small_functions(module, arch, mode, metadata)
             names = sorted(
-                place.name_hint for place, function in module.functions_items() if isinstance(function, relax.Function)
+                place.name_hint
+                for place, function in module.functions_items()
+                if isinstance(function, relax.Function)
             )
-            executable = relax.build(module, target=target)
+            # A browser finds the functions of a library in the program that it is linked into.
+            executable = relax.build(module, target=target, system_lib=target.kind.name == "webgpu")
     except tvm.error.InternalError as error:
         raise EngineError(
             f"tvm cannot compile this model for {target.kind.name}: {str(error).strip().splitlines()[-1]}",
@@ -110,7 +113,11 @@ def _built(
 
 def _check_sizes(arch: Architecture, mode: Quantization) -> None:
     """Raises Unsupported for sizes that the kernels do not take."""
-    widths = {"hidden_size": arch.hidden, "intermediate_size": arch.intermediate, "heads x head_dim": arch.heads * arch.head}
+    widths = {
+        "hidden_size": arch.hidden,
+        "intermediate_size": arch.intermediate,
+        "num_attention_heads x head_dim": arch.heads * arch.head,
+    }
     for what, value in widths.items():
         if mode.four_bits and value % GROUP:
             raise Unsupported(f"{what} is {value}, not a multiple of {GROUP}", hint="Use q0f16 or q0f32.")
@@ -145,8 +152,8 @@ def _metadata(
             "head_dim": arch.head,
         },
         "layer_window": arch.window or 0,  # ours: a cache with windows cannot share beginnings
-        # An estimate of the intermediate results, which engines add to weights and cache.
-        "memory_usage": {"batch_prefill": 4 * (3 * chunk * wide + arch.vocabulary), "batch_decode": 4 * arch.vocabulary},
+        # Bytes of intermediate results, estimated; engines add them to weights and cache.
+        "memory_usage": {"batch_prefill": 4 * (3 * chunk * wide + arch.vocabulary)},
         "params": [
             {
                 "name": arch.mlc_name(name),

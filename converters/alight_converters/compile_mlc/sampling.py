@@ -12,60 +12,85 @@ from tvm.relax.frontend import nn
 from tvm.script import tirx as T
 
 _COLDEST = 1e-6  # a temperature of 0, which picks the likeliest token
+_THREADS = 256  # of a block; every GPU has as many
 _UNLIKELY = -3.4028234663852886e38  # float32's least number
 
 
-@T.prim_func(s_tir=True)
-def _apply_logit_bias_inplace(logits_: T.handle, rows_: T.handle, ids_: T.handle, bias_: T.handle):  # type: ignore[no-untyped-def]
-    T.func_attr({"tirx.noalias": True})
-    batch, vocabulary, count = T.int32(), T.int32(), T.int32()
-    logits = T.match_buffer(logits_, (batch, vocabulary), "float32")
-    rows = T.match_buffer(rows_, (count,), "int32")
-    ids = T.match_buffer(ids_, (count,), "int32")
-    bias = T.match_buffer(bias_, (count,), "float32")
-    for i in T.serial(count):
-        with T.sblock("bias"):
-            n = T.axis.spatial(count, i)
-            logits[rows[n], ids[n]] += bias[n]
+def _logit_functions(gpu: bool) -> tuple[Any, ...]:
+    """The functions that change logits in place. tvm's default schedules take none of them for a GPU's, so they bind
+    its threads themselves."""
 
+    def blocks(count: Any) -> Any:
+        return T.thread_binding(count, "blockIdx.x") if gpu else T.serial(count)
 
-@T.prim_func(s_tir=True)
-def _apply_penalty_inplace(  # type: ignore[no-untyped-def]
-    logits_: T.handle, rows_: T.handle, sequence_: T.handle, ids_: T.handle, counts_: T.handle, penalties_: T.handle
-):
-    T.func_attr({"tirx.noalias": True})
-    batch, vocabulary, count, sequences = T.int32(), T.int32(), T.int32(), T.int32()
-    logits = T.match_buffer(logits_, (batch, vocabulary), "float32")
-    rows = T.match_buffer(rows_, (sequences,), "int32")
-    sequence = T.match_buffer(sequence_, (count,), "int32")
-    ids = T.match_buffer(ids_, (count,), "int32")
-    counts = T.match_buffer(counts_, (count,), "int32")
-    penalties = T.match_buffer(penalties_, (sequences, 3), "float32")  # presence, frequency, repetition
-    for i in T.serial(count):
-        with T.sblock("penalty"):
-            n = T.axis.spatial(count, i)
-            logits[rows[sequence[n]], ids[n]] -= (
-                penalties[sequence[n], 0] + T.Cast("float32", counts[n]) * penalties[sequence[n], 1]
-            )
-            logits[rows[sequence[n]], ids[n]] = T.if_then_else(
-                logits[rows[sequence[n]], ids[n]] < T.float32(0),
-                logits[rows[sequence[n]], ids[n]] * penalties[sequence[n], 2],
-                logits[rows[sequence[n]], ids[n]] / penalties[sequence[n], 2],
-            )
+    def threads(count: int) -> Any:
+        return T.thread_binding(count, "threadIdx.x") if gpu else T.serial(count)
 
+    @T.prim_func(s_tir=True)
+    def apply_logit_bias_inplace(  # type: ignore[no-untyped-def]
+        logits_: T.handle, rows_: T.handle, ids_: T.handle, bias_: T.handle
+    ):
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+        batch, vocabulary, count = T.int32(), T.int32(), T.int32()
+        logits = T.match_buffer(logits_, (batch, vocabulary), "float32")
+        rows = T.match_buffer(rows_, (count,), "int32")
+        ids = T.match_buffer(ids_, (count,), "int32")
+        bias = T.match_buffer(bias_, (count,), "float32")
+        for block in blocks((count + _THREADS - 1) // _THREADS):
+            for thread in threads(_THREADS):
+                with T.sblock("bias"):
+                    n: T.let[T.int32] = block * _THREADS + thread
+                    if n < count:
+                        logits[rows[n], ids[n]] += bias[n]
 
-@T.prim_func(s_tir=True)
-def _apply_bitmask_inplace(logits_: T.handle, rows_: T.handle, mask_: T.handle):  # type: ignore[no-untyped-def]
-    T.func_attr({"tirx.noalias": True})
-    batch, vocabulary, sequences = T.int32(), T.int32(), T.int32()
-    logits = T.match_buffer(logits_, (batch, vocabulary), "float32")
-    rows = T.match_buffer(rows_, (sequences,), "int32")
-    mask = T.match_buffer(mask_, (batch, (vocabulary + 31) // 32), "int32")
-    for i, j in T.grid(sequences, vocabulary):
-        with T.sblock("mask"):
-            s, v = T.axis.remap("SS", [i, j])
-            if T.bitwise_and(T.shift_right(mask[rows[s], v // 32], v % 32), 1) == 0:
-                logits[rows[s], v] = T.float32(_UNLIKELY)
+    @T.prim_func(s_tir=True)
+    def apply_penalty_inplace(  # type: ignore[no-untyped-def]
+        logits_: T.handle,
+        rows_: T.handle,
+        owners_: T.handle,
+        ids_: T.handle,
+        counts_: T.handle,
+        penalties_: T.handle,
+    ):
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+        batch, vocabulary, count, sequences = T.int32(), T.int32(), T.int32(), T.int32()
+        logits = T.match_buffer(logits_, (batch, vocabulary), "float32")
+        rows = T.match_buffer(rows_, (sequences,), "int32")
+        owners = T.match_buffer(owners_, (count,), "int32")
+        ids = T.match_buffer(ids_, (count,), "int32")
+        counts = T.match_buffer(counts_, (count,), "int32")
+        penalties = T.match_buffer(penalties_, (sequences, 3), "float32")  # presence, frequency, repetition
+        for block in blocks((count + _THREADS - 1) // _THREADS):
+            for thread in threads(_THREADS):
+                with T.sblock("penalty"):
+                    n: T.let[T.int32] = block * _THREADS + thread
+                    if n < count:
+                        logits[rows[owners[n]], ids[n]] -= (
+                            penalties[owners[n], 0] + T.Cast("float32", counts[n]) * penalties[owners[n], 1]
+                        )
+                        if logits[rows[owners[n]], ids[n]] < T.float32(0):
+                            logits[rows[owners[n]], ids[n]] *= penalties[owners[n], 2]
+                        else:
+                            logits[rows[owners[n]], ids[n]] /= penalties[owners[n], 2]
+
+    @T.prim_func(s_tir=True)
+    def apply_bitmask_inplace(logits_: T.handle, rows_: T.handle, mask_: T.handle):  # type: ignore[no-untyped-def]
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+        batch, vocabulary, sequences = T.int32(), T.int32(), T.int32()
+        logits = T.match_buffer(logits_, (batch, vocabulary), "float32")
+        rows = T.match_buffer(rows_, (sequences,), "int32")
+        mask = T.match_buffer(mask_, (batch, (vocabulary + 31) // 32), "int32")
+        for block in blocks((sequences * vocabulary + _THREADS - 1) // _THREADS):
+            for thread in threads(_THREADS):
+                with T.sblock("mask"):
+                    n: T.let[T.int32] = block * _THREADS + thread
+                    if n < sequences * vocabulary:
+                        row: T.let[T.int32] = rows[n // vocabulary]
+                        token: T.let[T.int32] = n % vocabulary
+                        if T.bitwise_and(T.shift_right(mask[row, token // 32], token % 32), 1) == 0:
+                            logits[row, token] = T.float32(_UNLIKELY)
+
+    return apply_logit_bias_inplace, apply_penalty_inplace, apply_bitmask_inplace
 
 
 @T.prim_func(private=True, s_tir=True)
@@ -78,16 +103,16 @@ def _fill(result_: T.handle, value: T.int32):  # type: ignore[no-untyped-def]
             result[n, 0] = value
 
 
-def with_sampling(module: Any, *, sorting: bool) -> Any:
+def with_sampling(module: Any, *, gpu: bool, sorting: bool) -> Any:
     """Add the functions to a module.
 
     Args:
+        gpu: whether it is compiled for one.
         sorting: also `argsort_probs` and `sample_with_top_p`, which sample where the logits are. tvm sorts on GPUs;
             engines on a CPU sample for themselves.
     """
-    for function in (_apply_logit_bias_inplace, _apply_penalty_inplace, _apply_bitmask_inplace):
-        name = str(function.attrs["global_symbol"]).lstrip("_")
-        module[name] = function.with_attr("global_symbol", name)
+    for function in _logit_functions(gpu):
+        module[str(function.attrs["global_symbol"])] = function
     builder = relax.BlockBuilder(module)
     _add_softmax(builder)
     if sorting:
@@ -135,7 +160,8 @@ def _add_top_p(builder: relax.BlockBuilder) -> None:
     def column(of: Any, count: Any, dtype: str) -> nn.Tensor:
         shape = relax.ShapeExpr([count, 1])
         return nn.wrap_nested(
-            relax.call_pure_packed("vm.builtin.reshape", of, shape, ty_args=relax.TensorType(shape, dtype)), "column"
+            relax.call_pure_packed("vm.builtin.reshape", of, shape, ty_args=relax.TensorType(shape, dtype)),
+            "column",
         )
 
     with builder.function("sample_with_top_p", [probs, order, uniform, rows, top_p]):

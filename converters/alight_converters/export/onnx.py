@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alight.errors import BadInput, EngineError, MissingExtra, Unsupported
+from alight.errors import BadInput, DiskFull, EngineError, MissingExtra, Unsupported
 from alight_converters.checkpoint import CONFIG, Checkpoint
 from alight_converters.export.whole_folder import whole_folder
 from alight_converters.passes import Progress, silent
@@ -104,7 +104,8 @@ def export(
             build([(checkpoint, part)], kind)
         else:
             build([(checkpoint, part / "float")], kind)
-            kept = _quantize(part / "float", part, precision, imatrix, progress)
+            kept = quantize(part / "float", part, precision, imatrix=imatrix, progress=progress)
+            shutil.rmtree(part / "float")
         _finish(checkpoint, part, precision)
     if kept:
         log.warning(
@@ -121,7 +122,8 @@ def build(requests: Sequence[tuple[Checkpoint, Path]], kind: str) -> None:
         requests: checkpoints, each with the folder that its graph goes to. kind: "fp32" or "fp16".
 
     Raises:
-        Unsupported: the builder cannot express one of them. EngineError: it failed. MissingExtra: it is not there.
+        Unsupported: the builder cannot express one of them. EngineError: it failed. DiskFull: no room.
+        MissingExtra: it is not there.
     """
     if missing := [m for m in ("onnxruntime_genai", "onnx_ir") if find_spec(m) is None]:
         raise MissingExtra(f"writing ONNX (which needs {missing[0]})", "convert-onnx")
@@ -140,9 +142,11 @@ def build(requests: Sequence[tuple[Checkpoint, Path]], kind: str) -> None:
     )
     if done.returncode != 0:
         words = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        why = words[-1] if words else f"it ended with code {done.returncode}"
+        why = words[-1] if words and done.returncode > 0 else f"it ended with code {done.returncode}"
         raise EngineError(f"onnxruntime-genai's builder failed: {why}")
-    for (checkpoint, _), why in zip(requests, json.loads(done.stdout.splitlines()[-1]), strict=True):
+    for (checkpoint, folder), why in zip(requests, json.loads(done.stdout.splitlines()[-1]), strict=True):
+        if "[Errno 28]" in why:
+            raise DiskFull(folder.parent)
         if why.startswith(_NO_COUNTERPART):
             raise Unsupported(
                 f"onnxruntime-genai's builder cannot express {checkpoint.folder.name}: {why.partition(': ')[2]}",
@@ -150,6 +154,33 @@ def build(requests: Sequence[tuple[Checkpoint, Path]], kind: str) -> None:
             )
         if why:
             raise EngineError(f"onnxruntime-genai's builder failed on {checkpoint.folder.name}: {why}")
+
+
+def quantize(
+    source: Path,
+    target: Path,
+    precision: Precision,
+    *,
+    imatrix: Imatrix | None = None,
+    progress: Progress = silent,
+) -> list[str]:
+    """Write the quantized form of a float32 graph that `build` made, and all else in its folder, into `target`.
+
+    Returns and raises what `export` does.
+    """
+    import onnx_ir as ir
+
+    from alight_converters.export import onnx_quantize
+    from alight_converters.export.onnx_rounding import Grid
+
+    grid = Grid(INTEGERS[precision.type], precision.block, precision.symmetric)
+    model = ir.load(source / GRAPH)
+    kept = onnx_quantize.quantize(model, grid, imatrix, lambda n, of: progress("quantizing", n, of))
+    ir.save(model, target / GRAPH, external_data=DATA)
+    for file in source.iterdir():
+        if file.name not in (GRAPH, DATA):
+            shutil.copyfile(file, target / file.name)
+    return kept
 
 
 def _check(checkpoint: Checkpoint, kind: str) -> None:
@@ -165,26 +196,6 @@ def _check(checkpoint: Checkpoint, kind: str) -> None:
                     f"tensor {name!r} has values beyond ±65504, which fp16 cannot hold",
                     hint="Use fp32 or int8.",
                 )
-
-
-def _quantize(
-    source: Path, target: Path, precision: Precision, imatrix: Imatrix | None, progress: Progress
-) -> list[str]:
-    """Write the quantized graph of a float one to `target`, and move there what else is in its folder."""
-    import onnx_ir as ir
-
-    from alight_converters.export import onnx_quantize
-    from alight_converters.export.onnx_rounding import Grid
-
-    grid = Grid(INTEGERS[precision.type], precision.block, precision.symmetric)
-    model = ir.load(source / GRAPH)
-    kept = onnx_quantize.quantize(model, grid, imatrix, lambda n, of: progress("quantizing", n, of))
-    ir.save(model, target / GRAPH, external_data=DATA)
-    for file in source.iterdir():
-        if file.name not in (GRAPH, DATA):
-            file.rename(target / file.name)
-    shutil.rmtree(source)
-    return kept
 
 
 def _finish(checkpoint: Checkpoint, part: Path, precision: Precision) -> None:

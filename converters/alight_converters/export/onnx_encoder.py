@@ -24,7 +24,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".onnx", "
 
 
 def export_encoder(checkpoint: Path, folder: Path) -> Path:
-    """Write the encoder in a Hugging Face folder to `folder`: graph, weights, config, tokenizer, and what else is there.
+    """Write the encoder in a Hugging Face folder to `folder`: graph, weights, config, tokenizer, what else is there.
 
     The graph takes `input_ids`, `attention_mask`, and `token_type_ids` where the model has them, each int64 of
     shape (texts, tokens). It gives `last_hidden_state`, float32 of shape (texts, tokens, hidden), for embeddings;

@@ -215,12 +215,15 @@ def _packed(integers: Bytes, bits: int) -> Bytes:
         return integers
     if integers.shape[-1] % 2:
         integers = np.concatenate([integers, np.zeros_like(integers[..., :1])], -1)
-    return integers[..., 0::2] | integers[..., 1::2] << 4
+    found: Bytes = integers[..., 0::2] | integers[..., 1::2] << np.uint8(4)
+    return found
 
 
 def _initializer(graph: ir.Graph, name: str, values: NDArray[Any]) -> ir.Value:
     tensor = ir.tensor(values, name=name)
-    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+    value = ir.Value(
+        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(values.shape), const_value=tensor
+    )
     graph.register_initializer(value)
     return value
 

@@ -18,6 +18,9 @@ Bytes = NDArray[np.uint8]
 _AT_ONCE = 1 << 16  # weights: few enough that what is computed of them stays in a processor's cache
 _SHRUNK = np.linspace(0.72, 1.08, 13, dtype=np.float32)  # of a block's range: what the search tries
 _SHIFTS = (-1, 0, 1)  # of its zero point
+_UNSEEN = np.float32(
+    1e-4
+)  # least importance, of the mean: what calibration never used is still part of the model
 _TINY = 1e-30
 
 
@@ -106,6 +109,7 @@ def by_importance(matrix: Floats, grid: Grid, importance: Floats) -> Rounded:
     they are free to be.
     """
     rows, columns = matrix.shape
+    importance = importance + _UNSEEN * max(float(importance.mean()), _TINY)
     found = Rounded(
         grid,
         np.empty((rows, columns // grid.block, grid.block), np.uint8),
@@ -140,7 +144,7 @@ def _search(x: Floats, weight: Floats, grid: Grid) -> tuple[Bytes, NDArray[np.fl
         np.clip(levels, -middle, grid.largest - middle, out=levels)
         product = np.einsum("ij,ij->j", weighted, levels)
         levels *= levels
-        power = np.einsum("ij,ij->j", weight, levels) + _TINY
+        power = np.maximum(np.einsum("ij,ij->j", weight, levels), _TINY)
         gain = product * product / power  # what is explained of the block's weighted square
         better = gain > best
         best[better], scales[better], zero[better] = gain[better], (product / power)[better], middle[better]

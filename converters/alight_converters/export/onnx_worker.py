@@ -48,7 +48,7 @@ def _builder() -> Any:
     package = find_spec("onnxruntime_genai")
     folders = (package.submodule_search_locations if package else None) or []
     sys.path[:0] = [str(Path(folder) / "models") for folder in folders]
-    import builder
+    import builder  # type: ignore[import-not-found]
 
     builder.Gemma2Model = _exact(builder.Gemma2Model)
     builder.Gemma3Model = _exact(_with_two_ropes(builder.Gemma3Model))
@@ -102,7 +102,7 @@ def _with_ropes(model: Any) -> Any:
             elif rope.get("rope_type") == "longrope" and self.context_length > self.original_context_length:
                 raise NotImplementedError("longrope is known of Phi-3 only")
             with torch.device("meta"):
-                like = AutoModelForCausalLM.from_config(config)
+                like = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
             self.rotary = type(like.model.rotary_emb)(config)
             self.kinds = ("full_attention",) if "full_attention" in rope else ()
             self.rotated = self.rotary_table(1)[0].shape[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -72,10 +73,11 @@ def command(
     ] = None,
     tokens: Annotated[int, typer.Option(help="How many tokens to measure on.", min=32)] = 2048,
     calibration: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="Make importance matrices from this file or folder: .txt, .md, .jsonl (texts or chats) or .csv; "
-            "by default from text the model writes."
+            help="Make importance matrices from this file, folder or hf://datasets/ORG/NAME: .txt, .md, .jsonl (texts "
+            "or chats), .csv or .parquet; by default from text the model writes.",
+            metavar="PATH",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the text that the model writes.", min=0)] = 0,
@@ -106,7 +108,7 @@ def command(
         "max_kl": max_kl,
         "text": read_text(text) if text else None,
         "tokens": tokens,
-        "calibration": calibration,
+        "calibration": Path(calibration) if calibration and "://" not in calibration else calibration,
         "seed": seed,
         "folder": folder,
     }
@@ -131,10 +133,13 @@ def _recipe(
     runner, options = api.prepare_recipe(device=device, name=name)
     if dry_run:
         plan = runner.plan(file, **options)
-        print_json(asdict(plan)) if json else _print_recipe(plan)
+        if _speaks():
+            print_json(asdict(plan)) if json else _print_recipe(plan)
         return
     with progress(steps=True) as report:
         result = runner.build(file, folder=folder, progress=report, **options)
+    if not _speaks():
+        return
     if json:
         print_json(result_json(result))
         return
@@ -142,6 +147,11 @@ def _recipe(
     _print_candidates(result, built_for["name"], measured=built_for["id"] == "this")
     for artifact in result.artifacts:
         console.print(Text(one_line(artifact)), soft_wrap=True)
+
+
+def _speaks() -> bool:
+    """Whether this process tells the result: of those that torchrun started, which all have it, the first one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 _BESIDE_A_RECIPE = {"source", "device", "name", "folder", "dry_run", "json"}

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from alight.errors import EngineError
+from alight.errors import AlightError, EngineError
 from alight_targets.common.backend import Backend
 from alight_targets.common.request import Adapters, Request
 
@@ -39,9 +39,7 @@ class Sequences:
         self._backend = backend
         self._held: dict[int, _Held] = {}  # the least recently used one first
         self.evictions = 0
-        self.copies = (
-            type(backend).fork is not Backend.fork
-        )  # whether the backend can copy a beginning at all
+        self.copies = type(backend).fork is not Backend.fork  # can the backend copy a beginning at all?
 
     @property
     def tokens(self) -> int:
@@ -55,7 +53,7 @@ class Sequences:
             self._go_on(nearest, request, known)  # most of it is of use
             return
         number = self._room(spare=nearest)
-        if number is None and nearest:  # it is the only one that does not run
+        if number is None and nearest and nearest.request is None:  # the only one that does not run
             self._go_on(nearest, request, known)
             return
         if number is None:
@@ -65,9 +63,9 @@ class Sequences:
         )
         if not copied:
             self._backend.add(number)
-        self._held[number] = _Held(number, request.sampling.adapters, request=request)
         if request.sampling.adapters:
-            self._backend.adapt(number, request.sampling.adapters)
+            self._adapt(number, request.sampling.adapters)
+        self._held[number] = _Held(number, request.sampling.adapters, request=request)
         request.sequence, request.kv = number, known if copied else 0
 
     def known(self, request: Request) -> int:
@@ -79,10 +77,6 @@ class Sequences:
         held = self._held.pop(request.sequence)
         self._held[held.number] = held  # the most recently used one now
         held.tokens, held.request = request.tokens[: request.kv], None
-
-    def drop(self, request: Request) -> None:
-        """A request failed, and so may have its sequence."""
-        self._forget(request.sequence)
 
     def restart(self, request: Request, keep: int) -> None:
         """Only the first `keep` tokens of a request's sequence are still its own."""
@@ -108,6 +102,13 @@ class Sequences:
             self._backend.rewind(held.number, known)
         held.request, held.tokens = request, []
         request.sequence, request.kv = held.number, known
+
+    def _adapt(self, number: int, adapters: Adapters) -> None:
+        try:
+            self._backend.adapt(number, adapters)
+        except AlightError:
+            self._backend.remove(number)
+            raise
 
     def _room(self, spare: _Held | None) -> int | None:
         """A number that is free, if need be that of the least recently used sequence, but not of `spare`."""

@@ -48,7 +48,10 @@ class MlcTarget(Target):
             parameters=sizes.parameters,
             target=self.name,
             trained_context=sizes.trained,
-            details={"quantization": sizes.quantization, **({"warning": library.unrun} if library.unrun else {})},
+            details={
+                "quantization": sizes.quantization,
+                **({"warning": library.unrun} if library.unrun else {}),
+            },
         )
         return BatchedModel(
             lambda: TvmBackend(folder, library, context=context, slots=slots, threads=threads),

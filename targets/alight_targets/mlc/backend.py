@@ -143,7 +143,8 @@ class TvmBackend(Backend):
                 self._function("vm.builtin.tensor_cache.clear")()
         except Exception as error:  # tvm raises what its C++ threw
             raise InvalidModelFile(
-                f"the weights of {folder.name} cannot be loaded: {_last_line(error)}", hint="Fetch or build it again."
+                f"the weights of {folder.name} cannot be loaded: {_last_line(error)}",
+                hint="Fetch or build it again.",
             ) from error
         for parameter, weight in zip(parameters, weights, strict=True):
             if list(weight.shape) != parameter["shape"] or str(weight.dtype) != parameter["dtype"]:

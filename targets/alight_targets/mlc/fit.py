@@ -92,7 +92,9 @@ def _read(path: Path) -> Mapping[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise InvalidModelFile(f"{path.parent.name} has no {path.name}", hint="Fetch or build it again.") from error
+        raise InvalidModelFile(
+            f"{path.parent.name} has no {path.name}", hint="Fetch or build it again."
+        ) from error
     except (OSError, ValueError) as error:
         raise InvalidModelFile(f"{path} is damaged: {error}", hint="Fetch or build it again.") from error
     if not isinstance(found, dict):

@@ -65,7 +65,9 @@ def choose(folder: Path) -> Library:
     if not path.is_file():
         raise InvalidModelFile(f"the MLC library {path} is missing", hint="Fetch or build the model again.")
     kind = entry["target"]["kind"]
-    return Library(name, path, "cpu" if kind == "llvm" else kind, int(entry["context"]), str(entry.get("run", "")))
+    return Library(
+        name, path, "cpu" if kind == "llvm" else kind, int(entry["context"]), str(entry.get("run", ""))
+    )
 
 
 def cpu_flags() -> frozenset[str]:
@@ -81,7 +83,13 @@ def _read(path: Path) -> Mapping[str, Any]:
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
         for entry in entries.values():
-            _ = entry["file"], entry["tvm"], int(entry["context"]), entry["target"]["kind"], entry["host"]["mtriple"]
+            _ = (
+                entry["file"],
+                entry["tvm"],
+                int(entry["context"]),
+                entry["target"]["kind"],
+                entry["host"]["mtriple"],
+            )
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -93,7 +101,10 @@ def _read(path: Path) -> Mapping[str, Any]:
 def _runs_here(entry: Mapping[str, Any]) -> bool:
     processor = platform.machine().lower()
     triple = entry["host"]["mtriple"].replace("arm64", "aarch64")
-    if _PROCESSORS.get(processor, processor) not in triple or _SYSTEMS.get(platform.system(), "?") not in triple:
+    if (
+        _PROCESSORS.get(processor, processor) not in triple
+        or _SYSTEMS.get(platform.system(), "?") not in triple
+    ):
         return False
     if not cpu_flags() >= set(entry.get("needs", ())):
         return False

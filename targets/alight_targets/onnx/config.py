@@ -11,6 +11,7 @@ from typing import Any
 from alight.errors import InvalidModelFile
 
 GENAI_CONFIG = "genai_config.json"
+PIECE = 128  # tokens of a prompt in one run: the logits of all of them are computed and need room
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from alight.errors import BadInput, ContextExceeded, EngineError, InvalidModelFi
 from alight.target import Chunk, LoadOptions, Model, ModelInfo, Prompt, Sampling, Scores
 from alight_targets.common.tokenizer import TOKENIZER
 from alight_targets.onnx.config import GENAI_CONFIG
-from alight_targets.onnx.graph import open_session
+from alight_targets.onnx.graph import fallback, open_session
 from alight_targets.onnx.pooling import pool, unit
 from alight_targets.onnx.runtime import Provider
 
@@ -92,7 +92,7 @@ class EncoderModel(Model):
             parameters=artifact.description.parameters,
             target="onnx",
             trained_context=trained,
-            details=details | ({"note": note} if note else {}),
+            details=details | ({"note": note} if note else {}) | fallback(self._session, provider),
         )
         self.template = ChatTemplate("")
 
@@ -110,6 +110,9 @@ class EncoderModel(Model):
     def _run(self, texts: Sequence[str | tuple[str, str]], output: str) -> list[FloatArray]:
         """An output for each text or pair of texts: of its tokens, or of all of it."""
         self._check_open()
+        texts = [
+            _clean(text) if isinstance(text, str) else (_clean(text[0]), _clean(text[1])) for text in texts
+        ]
         if any(not part for text in texts for part in ([text] if isinstance(text, str) else text)):
             raise BadInput("a text to read is empty", hint="Give at least one token of text.")
         read = [self._encode(text) for text in texts]
@@ -141,8 +144,8 @@ class EncoderModel(Model):
         return found
 
     def _encode(self, text: str | tuple[str, str]) -> Any:
-        parts = (text,) if isinstance(text, str) else text
-        encoded = self._tokenizer.encode(*(part.encode(errors="replace").decode() for part in parts))
+        first, second = (text, None) if isinstance(text, str) else text
+        encoded = self._tokenizer.encode(first, second)
         if len(encoded.ids) > self.info.context:
             raise ContextExceeded(len(encoded.ids), self.info.context)
         return encoded
@@ -174,6 +177,11 @@ class EncoderModel(Model):
     def _check_open(self) -> None:
         if self._session is None:
             raise EngineError(f"model {self.info.name!r} is closed", hint="Load it again.")
+
+
+def _clean(text: str) -> str:
+    """Without lone surrogates, which the tokenizer refuses."""
+    return text.encode(errors="replace").decode()
 
 
 def _read(path: Path) -> dict[str, Any]:

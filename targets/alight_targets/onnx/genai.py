@@ -15,17 +15,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from alight.errors import InvalidModelFile, Unsupported
-from alight_targets.common.backend import Backend
-from alight_targets.common.scheduler import CHUNK
 from alight_targets.onnx import runtime
-from alight_targets.onnx.config import DecoderConfig
+from alight_targets.onnx.backend import OnnxBackend
+from alight_targets.onnx.config import PIECE, DecoderConfig
 from alight_targets.onnx.runtime import Provider
 
 if TYPE_CHECKING:
     from alight.target import FloatArray
 
 
-class GenaiBackend(Backend):
+class GenaiBackend(OnnxBackend):
     """
     Args:
         adapters: files (.onnx_adapter) of LoRA adapters by name.
@@ -97,7 +96,8 @@ class GenaiBackend(Backend):
 
     def extend(self, sequence: int, tokens: Sequence[int]) -> FloatArray:
         generator = self._generators[sequence]
-        generator.append_tokens(np.array(tokens, np.int32))
+        for at in range(0, len(tokens), PIECE):
+            generator.append_tokens(np.array(tokens[at : at + PIECE], np.int32))
         logits: FloatArray = generator.get_logits()[0, -1]
         return logits
 
@@ -117,7 +117,6 @@ class GenaiBackend(Backend):
                 )
 
     def hidden(self, tokens: Sequence[int]) -> FloatArray:
-        """The last hidden states of a text, shape (len(tokens), width)."""
         parts = [
             np.asarray(generator.get_output(self._hidden_states), np.float32)[0]
             for generator, _ in self._read(tokens)
@@ -127,8 +126,8 @@ class GenaiBackend(Backend):
     def _read(self, tokens: Sequence[int]) -> Iterator[tuple[Any, int]]:
         """A Generator of its own reads a text, piece by piece; it, and the length of each piece."""
         generator = self._generator(max(len(tokens), 2))
-        for at in range(0, len(tokens), CHUNK):
-            part = np.array(tokens[at : at + CHUNK], np.int32)
+        for at in range(0, len(tokens), PIECE):
+            part = np.array(tokens[at : at + PIECE], np.int32)
             generator.append_tokens(part)
             yield generator, len(part)
 

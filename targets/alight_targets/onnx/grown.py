@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from alight_targets.common.backend import Backend
 from alight_targets.onnx import runtime
-from alight_targets.onnx.graph import PIECE, Graph
+from alight_targets.onnx.backend import OnnxBackend
+from alight_targets.onnx.config import PIECE
+from alight_targets.onnx.graph import Graph
 
 if TYPE_CHECKING:
     from alight.target import FloatArray
@@ -27,12 +28,13 @@ class _Past:
     length: int
 
 
-class GrownBackend(Backend):
+class GrownBackend(OnnxBackend):
     """A graph on any execution provider; keys and values stay in host memory."""
 
     def __init__(self, graph: Graph, *, context: int, slots: int) -> None:
         self._graph = graph
         self._value = runtime.onnxruntime().OrtValue.ortvalue_from_numpy
+        self.details = graph.details
         self.vocabulary, self.context, self.slots = graph.config.vocabulary, context, slots
         self._pasts: dict[int, _Past] = {}
         self._empty = self._cut((), 0)
@@ -64,17 +66,19 @@ class GrownBackend(Backend):
         for at in range(0, len(tokens), PIECE):
             part = tokens[at : at + PIECE]
             made, self._pasts[sequence] = self._run(self._pasts[sequence], part, self._graph.config.logits)
-        return made[-1]
+        last: FloatArray = made[-1]
+        return last
 
     def decode(self, sequences: Sequence[int], tokens: Sequence[int]) -> FloatArray:
-        pairs = zip(sequences, tokens, strict=True)
-        return np.stack([self.extend(sequence, [token]) for sequence, token in pairs])
+        rows = np.empty((len(sequences), self.vocabulary), np.float32)
+        for row, sequence, token in zip(rows, sequences, tokens, strict=True):
+            row[:] = self.extend(sequence, [token])  # which is only good until the next
+        return rows
 
     def logits(self, tokens: Sequence[int]) -> Iterator[FloatArray]:
         return self._read(tokens, self._graph.config.logits)
 
     def hidden(self, tokens: Sequence[int]) -> FloatArray:
-        """The last hidden states of a text, shape (len(tokens), width)."""
         return np.concatenate(list(self._read(tokens, self._graph.config.hidden_states)))
 
     def _read(self, tokens: Sequence[int], output: str) -> Iterator[FloatArray]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from alight.errors import DoesNotFit
 from alight.planner import DEFAULT_CONTEXT, RESERVE, SMALLEST_CONTEXT
-from alight_targets.common.scheduler import CHUNK
+from alight_targets.onnx.config import PIECE
 
 KEPT = 8  # finished conversations that stay in the KV cache, beside those that run
 # Python, NumPy and onnxruntime, and of the tokenizer per token. Measured with the tiny model of the tests and SmolLM2.
@@ -37,7 +37,7 @@ def fit(
     """
     usable = int(available * (1 - RESERVE))
     # The logits of a piece of a prompt are the largest of what a step computes.
-    fixed = weights + _RUNTIME_BYTES + vocabulary * (_VOCABULARY_BYTES + 4 * CHUNK)
+    fixed = weights + _RUNTIME_BYTES + vocabulary * (_VOCABULARY_BYTES + 4 * PIECE)
     context = wanted or min(DEFAULT_CONTEXT, trained or DEFAULT_CONTEXT)
     while fixed + context * kv_per_token > usable:
         if wanted or context // 2 < SMALLEST_CONTEXT:

@@ -8,21 +8,16 @@ from typing import TYPE_CHECKING
 
 from alight.errors import BadInput, ContextExceeded, Unsupported
 from alight.target import LoadOptions, ModelInfo
-from alight_targets.common.backend import Backend
 from alight_targets.common.model import BatchedModel
 from alight_targets.common.tokenizer import Tokenizer
 from alight_targets.onnx import runtime
+from alight_targets.onnx.backend import OnnxBackend
 from alight_targets.onnx.config import DecoderConfig
 from alight_targets.onnx.pooling import pool, unit
 from alight_targets.onnx.runtime import CPU, Provider
 
 if TYPE_CHECKING:
     from alight.target import FloatArray
-    from alight_targets.onnx.genai import GenaiBackend
-    from alight_targets.onnx.grown import GrownBackend
-    from alight_targets.onnx.rows import RowsBackend
-
-    OnnxBackend = GenaiBackend | GrownBackend | RowsBackend
 
 
 class OnnxModel(BatchedModel):
@@ -46,7 +41,7 @@ class OnnxModel(BatchedModel):
         sequences: int,
         threads: int,
     ) -> None:
-        def open_backend() -> Backend:
+        def open_backend() -> OnnxBackend:
             self._backend = _open(
                 folder, config, options, engine, provider, context=context, slots=sequences, threads=threads
             )
@@ -67,8 +62,10 @@ class OnnxModel(BatchedModel):
                 raise BadInput("a text to embed is empty", hint="Give at least one token of text.")
             if len(text) > self.info.context:
                 raise ContextExceeded(len(text), self.info.context)
-        vectors = [self._scheduler.call(lambda text=text: self._backend.hidden(text)) for text in ids]
-        return unit([pool(states, pooling or "mean") for states in vectors])
+        return unit([pool(self._hidden(text), pooling or "mean") for text in ids])
+
+    def _hidden(self, tokens: list[int]) -> FloatArray:
+        return self._scheduler.call(lambda: self._backend.hidden(tokens))
 
 
 def _open(
@@ -99,8 +96,9 @@ def _open(
     from alight_targets.onnx.rows import RowsBackend
 
     graph = Graph(config, provider, threads)
-    kind = RowsBackend if config.shares_buffer and provider is CPU else GrownBackend
-    return kind(graph, context=context, slots=slots)
+    if config.shares_buffer and provider is CPU:
+        return RowsBackend(graph, context=context, slots=slots)
+    return GrownBackend(graph, context=context, slots=slots)
 
 
 def choose_engine(asked: str, config: DecoderConfig, provider: Provider, options: LoadOptions) -> str:

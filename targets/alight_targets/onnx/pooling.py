@@ -26,7 +26,8 @@ def pool(states: FloatArray, how: str) -> FloatArray:
     if how == "mean":
         mean: FloatArray = states.mean(axis=0)
         return mean
-    return states[0 if how == "cls" else -1]
+    chosen: FloatArray = states[0 if how == "cls" else -1]
+    return chosen
 
 
 def unit(vectors: Sequence[FloatArray]) -> FloatArray:

@@ -13,11 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from alight_targets.common.backend import Backend
-from alight_targets.onnx.graph import PIECE, Graph
+from alight_targets.onnx.backend import OnnxBackend
+from alight_targets.onnx.config import PIECE
+from alight_targets.onnx.graph import Graph
 
 if TYPE_CHECKING:
     from alight.target import FloatArray
+
+
+_BINDINGS = 64  # of different rows that are kept; making one takes some of a step's time
 
 
 class _Buffers:
@@ -37,6 +41,8 @@ class _Buffers:
         """Of `rows` rows from `first` on."""
         known = self._bindings.get((first, rows))
         if known is None:
+            if len(self._bindings) >= _BINDINGS:
+                self._bindings.clear()
             known = self._bindings[first, rows] = self._graph.binding()
             config, shape = self._graph.config, (rows, *self._shape)
             for past, present, layer in zip(config.past, config.present, self._layers, strict=True):
@@ -57,7 +63,7 @@ class _Buffers:
             layer[b, :, :length] = kept
 
 
-class RowsBackend(Backend):
+class RowsBackend(OnnxBackend):
     """
     Args:
         graph: one that takes a shared buffer, on the CPU.
@@ -65,6 +71,7 @@ class RowsBackend(Backend):
 
     def __init__(self, graph: Graph, *, context: int, slots: int) -> None:
         self._graph = graph
+        self.details = graph.details
         self.vocabulary, self.context, self.slots = graph.config.vocabulary, context, slots
         self._buffers = _Buffers(graph, slots, context)
         self._sequences: list[int | None] = [None] * slots  # of each row
@@ -97,7 +104,8 @@ class RowsBackend(Backend):
             part = tokens[at : at + PIECE]
             made = self._graph.run(binding, [part], self._lengths[row : row + 1], logits)
             self._lengths[row] += len(part)
-        return made[0, -1]
+        last: FloatArray = made[0, -1]
+        return last
 
     def decode(self, sequences: Sequence[int], tokens: Sequence[int]) -> FloatArray:
         count = len(sequences)
@@ -125,8 +133,8 @@ class RowsBackend(Backend):
 
     def _swap(self, a: int, b: int) -> None:
         self._buffers.swap(a, b, max(self._lengths[a], self._lengths[b]))
-        for values in (self._lengths, self._sequences):
-            values[a], values[b] = values[b], values[a]
+        self._lengths[a], self._lengths[b] = self._lengths[b], self._lengths[a]
+        self._sequences[a], self._sequences[b] = self._sequences[b], self._sequences[a]
         for row in (a, b):
             if (sequence := self._sequences[row]) is not None:
                 self._rows[sequence] = row
@@ -135,7 +143,6 @@ class RowsBackend(Backend):
         return self._read(tokens, self._graph.config.logits)
 
     def hidden(self, tokens: Sequence[int]) -> FloatArray:
-        """The last hidden states of a text, shape (len(tokens), width)."""
         return np.concatenate(list(self._read(tokens, self._graph.config.hidden_states)))
 
     def _read(self, tokens: Sequence[int], output: str) -> Iterator[FloatArray]:

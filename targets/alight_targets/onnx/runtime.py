@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from alight.errors import BadInput, TargetUnavailable
@@ -52,9 +53,9 @@ PROVIDERS = (
 )
 _BY_NAME = {provider.name: provider for provider in PROVIDERS}
 CPU = _BY_NAME["cpu"]
-# TensorRT compiles a model for minutes before its first token; DirectML and WebGPU packages also run on a machine
-# whose only GPU is a software one. These are only taken when they are asked for.
-_ASKED_FOR = {"tensorrt", "webgpu"}
+# The others compile a model for minutes, take few of a decoder's operators, or want a graph made for them: they are only
+# taken for a model that was exported for them, or when they are asked for.
+_AUTOMATIC = {"cuda", "directml", "cpu"}
 
 
 def onnxruntime() -> Any:
@@ -110,14 +111,22 @@ def choose_provider(asked: str, wanted_by_model: str) -> tuple[Provider, str]:
                 hint=f"It comes with: pip install {provider.package.replace(',', '')}",
             )
         return provider, ""
-    best = next(p for p in PROVIDERS if p.full in here and p.name not in _ASKED_FOR)
     wanted = next((p for p in PROVIDERS if p.genai and p.genai.lower() == wanted_by_model.lower()), None)
     if wanted and wanted.full in here:
         return wanted, ""
-    word = (
-        f"the model was exported for {wanted.name}, which the installed onnxruntime lacks" if wanted else ""
-    )
-    return best, word
+    best = next(p for p in PROVIDERS if p.full in here and p.name in _AUTOMATIC)
+    if wanted:
+        return best, f"the model was exported for {wanted.name}, which the installed onnxruntime lacks"
+    if best is CPU and _has_nvidia():
+        return (
+            best,
+            f"there is an NVIDIA GPU; to use it: pip install {_BY_NAME['cuda'].package.replace(',', '')}",
+        )
+    return best, ""
+
+
+def _has_nvidia() -> bool:
+    return any(Path(device).exists() for device in ("/dev/nvidia0", "/dev/nvhost-gpu"))
 
 
 def choose_engine(asked: str) -> str:

@@ -30,6 +30,7 @@ def architecture_of(config: Mapping[str, Any], context: int) -> Architecture:
     model_type = str(config.get("model_type"))
     if model_type not in _FAMILIES:
         raise Unsupported(
-            f"no MLC library can be compiled for {model_type!r}", hint=f"Known: {', '.join(sorted(_FAMILIES))}."
+            f"no MLC library can be compiled for {model_type!r}",
+            hint=f"Known: {', '.join(sorted(_FAMILIES))}.",
         )
     return replace(_FAMILIES[model_type](config["model_config"], context), model_type=model_type)

@@ -31,7 +31,9 @@ def shared(config: Config) -> dict[str, Any]:
 
 def windows(config: Config, context: int, pattern: int) -> tuple[int | None, ...]:
     """The window of each layer: all have one but the last of every `pattern`, unless the config lists them."""
-    usual = ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(config["num_hidden_layers"])]
-    kinds = config.get("layer_types") or usual
+    kinds = config.get("layer_types") or [
+        "sliding_attention" if (layer + 1) % pattern else "full_attention"
+        for layer in range(config["num_hidden_layers"])
+    ]
     window = config["sliding_window"]
     return tuple(window if kind == "sliding_attention" and window < context else None for kind in kinds)

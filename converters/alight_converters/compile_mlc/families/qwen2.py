@@ -5,6 +5,6 @@ from __future__ import annotations
 from alight_converters.compile_mlc.architecture import Architecture, Config, llama_like
 
 
-def architecture(config: Config, context: int) -> Architecture:
+def architecture(config: Config, _context: int) -> Architecture:
     """See `architecture_of`."""
     return llama_like(config, qkv_bias=True, names={"self_attn.qkv_proj": "self_attn.c_attn"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from alight_converters.compile_mlc.architecture import Architecture, Config, llama_like
 
 
-def architecture(config: Config, context: int) -> Architecture:
+def architecture(config: Config, _context: int) -> Architecture:
     """See `architecture_of`."""
     bias = bool(config.get("attention_bias"))
     return llama_like(

@@ -3,6 +3,7 @@
 Each pair of a token and a head is one unit of work. It walks over the keys in steps of 16 and keeps a running maximum
 and sum (online softmax: Milakov and Gimelshein, arXiv:1805.02867). Queries and keys arrive already rotated.
 """
+# ruff: noqa: ARG001  # the signatures are tvm's
 
 from __future__ import annotations
 
@@ -110,7 +111,9 @@ def _ragged_prefill(heads: int, kv_heads: int, width: int, dtype: str, softcap: 
         k = T.match_buffer(k_, (rows, kv_heads, width), dtype)
         v = T.match_buffer(v_, (rows, kv_heads, width), dtype)
         kv_starts = T.match_buffer(kv_starts_, (batch + 1,), "int32", elem_offset=kv_from)
-        T.match_buffer(k_offsets_, (batch,), "int32", elem_offset=offsets_from)  # tells the number of sequences
+        T.match_buffer(
+            k_offsets_, (batch,), "int32", elem_offset=offsets_from
+        )  # tells the number of sequences
         output = T.match_buffer(output_, (tokens, heads, width), dtype)
         lse = T.match_buffer(lse_, (tokens, heads), "float32")
         for unit in T.parallel(tokens * heads):
@@ -143,11 +146,8 @@ def _ragged_prefill(heads: int, kv_heads: int, width: int, dtype: str, softcap: 
 def _length(windowed: bool, info: Any, b: Any, pages: Any) -> Any:
     """Rows of a sequence that a layer sees. With a window, `info` is (rows in the last page, rows of the first page
     that are left out, 0); without, rows in the last page."""
-    if windowed:
-        rows = (pages - 1) * PAGE + info[0, b] - info[1, b]
-    else:
-        rows = (pages - 1) * PAGE + info[b]
-    return T.if_then_else(pages > 0, rows, 0)
+    in_last_page = info[0, b] - info[1, b] if windowed else info[b]
+    return T.if_then_else(pages > 0, (pages - 1) * PAGE + in_last_page, 0)
 
 
 def _left_out(windowed: bool, info: Any, b: Any) -> Any:

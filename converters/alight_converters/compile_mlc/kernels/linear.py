@@ -35,6 +35,8 @@ def linear4(rows: int, columns: int, scale_type: str) -> Any:
         return T.Cast("float32", T.Cast("int32", digit))
 
     def scale(s: Any, n: Any, first: Any, count: int) -> Any:
+        if count == 4:
+            return T.Broadcast(T.Cast("float32", s[n, first // 4]), 4)
         groups = s[n, lanes(first // 4, count // 4)]
         return spread(T.Cast(f"float32x{count // 4}", groups), count // 4, 4)
 
