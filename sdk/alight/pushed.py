@@ -24,7 +24,8 @@ class PushedChunks(Generator[Chunk, None, None]):
 
     Args:
         begin: starts the answer. It hands each chunk to the function given, from another thread, and last one with a
-            finish reason or the error that ended the answer. Returns what cancels it, which may be called late.
+            finish reason or the error that ended the answer. Returns what cancels it, which may be called late. All
+            that waits for a reader is what the model's context allows, so there is no other bound.
     """
 
     def __init__(self, begin: Callable[[Deliver], Cancel]) -> None:
@@ -48,7 +49,11 @@ class PushedChunks(Generator[Chunk, None, None]):
             raise StopIteration
         if self._queue is None:
             self._queue = SimpleQueue()
-            self.push(self._queue.put)
+            try:
+                self.push(self._queue.put)
+            except BaseException:
+                self._ended = True
+                raise
         try:
             item = self._queue.get(timeout=_LIFE)
         except Empty:

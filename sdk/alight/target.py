@@ -324,6 +324,11 @@ class Model(ABC):
         """Counters and gauges of this model, by Prometheus-style names; empty where the target keeps none."""
         return {}
 
+    @property
+    def alive(self) -> bool:
+        """Whether it can still answer. False: only loading it again helps."""
+        return True
+
     def progress(self) -> int | None:
         """A count that grows while the engine works on anything, so that others notice when it hangs. It must
         not wait for the engine. None where the target keeps none."""

@@ -78,6 +78,11 @@ class ClockModel(Model):
         )
         self._folder = Path(os.environ["CLOCK_FOLDER"])
         self._made = self._cancelled = 0
+        self._alive = True
+
+    @property
+    def alive(self) -> bool:
+        return self._alive
 
     def generate(self, prompt: str | Sequence[int], sampling: Sampling | None = None) -> Generator[Chunk]:
         text = prompt if isinstance(prompt, str) else bytes(prompt).decode().strip("\1\2")
@@ -97,6 +102,10 @@ class ClockModel(Model):
                     "tick ", (number % 256,), logprobs=logprobs if sampling and sampling.logprobs else ()
                 )
                 time.sleep(float(orders.get("pause", 0)))
+            if "endless" in orders:
+                return
+            if "odd" in orders:
+                yield Chunk("odd", (np.int64(7),))  # type: ignore[arg-type]  # what JSON does not know
             yield Chunk("", (), "stop", Usage(len(prompt), ticks, 0.001, 0.01, 2, 4, 3))
         except GeneratorExit:
             self._cancelled += 1
@@ -110,6 +119,9 @@ class ClockModel(Model):
             return
         if orders.get("once"):
             Path(orders["once"]).touch()
+        if orders.get("break") == str(number):
+            self._alive = False
+            raise EngineError("the clock is broken")
         if orders.get("kill") == str(number):
             os.kill(os.getpid(), signal.SIGKILL)
         if orders.get("segv") == str(number):

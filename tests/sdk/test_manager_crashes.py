@@ -268,3 +268,13 @@ def test_fifty_kills_leave_nothing_behind(store: Store, clock: Path) -> None:
     assert "Traceback" not in errors
     wait_until(lambda: not psutil.pid_exists(worker))
     assert not answer_threads()
+
+
+def test_an_engine_that_cannot_go_on_is_started_anew(client: httpx.Client) -> None:
+    assert said(client.post("/v1/chat/completions", json=ask("ticks=1")))
+    before = pids(client)["tiny"]
+    broken = client.post("/v1/chat/completions", json=ask("ticks=2 break=1"))
+    assert broken.status_code == 500
+    wait_until(lambda: not psutil.pid_exists(before))
+    assert said(client.post("/v1/chat/completions", json=ask("ticks=1")))
+    assert pids(client)["tiny"] != before

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 
 from alight.chat import ChatTemplate
+from alight.pushed import Cancel, Deliver, PushedChunks
 from alight.target import Chunk, Model, ModelInfo, Sampling, Scores, Usage
 
 FOREVER = 10**9
@@ -74,6 +75,28 @@ class TickModel(Model):
 
     def close(self) -> None:
         self.closed = True
+
+
+class PushedTicks(TickModel):
+    """The same from an engine that has a thread of its own."""
+
+    def generate(self, prompt: str | Sequence[int], sampling: Sampling | None = None) -> Generator[Chunk]:
+        chunks = super().generate(prompt, sampling)
+        wanted = threading.Event()
+        wanted.set()
+
+        def begin(deliver: Deliver) -> Cancel:
+            def run() -> None:
+                for chunk in chunks:
+                    if not wanted.is_set():
+                        chunks.close()
+                        return
+                    deliver(chunk)
+
+            threading.Thread(target=run, daemon=True).start()
+            return wanted.clear
+
+        return PushedChunks(begin)
 
 
 def wait_until(true: Callable[[], bool]) -> None:

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 
 import httpx
 import pytest
-from test_server_helpers import LIMIT, TickModel, answer_threads, chat, wait_until
+from test_server_helpers import LIMIT, PushedTicks, TickModel, answer_threads, chat, wait_until
 
 from alight.errors import AlightError, ContextExceeded, DoesNotFit, EngineError, InvalidModelFile, Unsupported
 from alight.server import Models, running, stream
@@ -94,13 +94,28 @@ def test_a_client_that_does_not_read_holds_the_model_back(serve: Serve) -> None:
     wait_until(lambda: model.cancelled == 1)
 
 
-def test_a_client_that_does_not_read_is_given_up(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [TickModel, PushedTicks])
+def test_a_client_that_does_not_read_is_given_up(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, kind: type[TickModel]
+) -> None:
     monkeypatch.setattr(stream, "STALLED", 0.2)
-    model = TickModel(pause=0, text="x" * 100_000)
+    model = kind(pause=0.001, text="x" * 100_000)
     client = serve(model)
     with client.stream("POST", "/api/chat", json=chat()) as response:
         wait_until(lambda: model.cancelled == 1 and not answer_threads())
         assert "stopped reading" in [*response.iter_lines()][-1]  # should it read on after all
+
+
+def test_a_slow_reader_is_not_given_up(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "STALLED", 0.5)
+    monkeypatch.setattr(stream, "AHEAD", 4)
+    client = serve(PushedTicks(ticks=60, pause=0, text="x" * 300_000))
+    with client.stream("POST", "/api/chat", json=chat()) as response:
+        lines = 0
+        for line in response.iter_lines():
+            time.sleep(0.05)  # takes longer than STALLED in all
+            lines += '"done":false' in line
+    assert lines == 60
 
 
 def test_many_at_once_and_the_server_still_answers(serve: Serve) -> None:

@@ -214,6 +214,22 @@ def test_a_slow_reader_misses_nothing(model: WorkerModel) -> None:
     assert len([*stream]) >= 5000
 
 
+def test_an_engine_that_breaks_its_promises_fails_only_its_request(model: WorkerModel) -> None:
+    other = model.generate("ticks=100 pause=0.01")
+    next(other)
+    with pytest.raises(EngineError, match="without saying why"):
+        list(model.generate("ticks=1 endless=1"))
+    with pytest.raises(EngineError, match="cannot be told"):
+        list(model.generate("ticks=1 odd=1"))
+    assert sum(chunk.text == "tick " for chunk in other) >= 99
+
+
+def test_a_request_that_cannot_be_told_is_forgotten(model: WorkerModel) -> None:
+    with pytest.raises(TypeError):
+        list(model.generate("ticks=1", Sampling(temperature=np.float32(0.5))))  # type: ignore[arg-type]
+    assert not model._requests and not model._watched
+
+
 def test_a_stream_can_be_pushed(model: WorkerModel) -> None:
     said: SimpleQueue[Chunk | Exception] = SimpleQueue()
     stream = model.generate("ticks=3")

@@ -14,8 +14,10 @@ from test_engine import greedy, same_up_to_a_tie
 from tiny_model import tiny_adapter, tiny_model
 
 import alight
+from alight.errors import EngineError
 from alight.target import Completion, Model
 from alight_targets.llama_cpp.layout import UNIFIED, Layouts
+from alight_targets.llama_cpp.model import LlamaCppModel
 from alight_targets.llama_cpp.native import NativeContext, NativeModel
 from alight_targets.llama_cpp.state import NotConvertible, with_streams
 
@@ -151,3 +153,39 @@ def answers_at_once(pair: Pair, asks: list[Ask]) -> list[list[int]]:
         t.join()
     assert not failures
     return answers
+
+
+def test_without_memory_for_a_layout_those_who_run_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tiny_model(tmp_path / "tiny.gguf", context=LONG)
+    with alight.load(file, threads=1, context=LONG, slots=6) as model:
+        assert isinstance(model, LlamaCppModel)
+        opened = model._open_context
+
+        def refusing(context: int, *, sequences: int, outputs: int, unified: bool = True) -> NativeContext:
+            if unified:
+                raise EngineError("no memory")
+            return opened(context, sequences=sequences, outputs=outputs, unified=unified)
+
+        expected = [Completion.of(model.generate([i, 7], greedy(200))).tokens for i in range(2)]
+        monkeypatch.setattr(model, "_open_context", refusing)
+        running = model.generate([0, 7], greedy(200))
+        got = [*next(running).tokens]
+        long = model.generate([5] * (LONG - 100), greedy(3))  # only the unified cache could hold it
+        failed: list[Exception] = []
+
+        def ask() -> None:
+            try:
+                list(long)
+            except EngineError as error:
+                failed.append(error)
+
+        waiting = threading.Thread(target=ask)
+        waiting.start()
+        got += [token for chunk in running for token in chunk.tokens]
+        waiting.join()
+        assert tuple(got) == expected[0]
+        assert "no memory" in str(failed[0])
+        monkeypatch.undo()
+        assert Completion.of(model.generate([1, 7], greedy(200))).tokens == expected[1]

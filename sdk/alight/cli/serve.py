@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 from urllib.parse import urlsplit
 
@@ -15,7 +16,8 @@ from alight import api
 from alight.artifact import Artifact, canonical, digest_of
 from alight.cli.describe import one_line
 from alight.cli.output import complete_model, console, err, progress, say_warning
-from alight.errors import AlightError, MissingExtra, ModelNotFound
+from alight.errors import AlightError, BadInput, MissingExtra, ModelNotFound
+from alight.paths import home
 from alight.store import Store, normal_name, short_name
 from alight.target import LoadOptions
 
@@ -55,6 +57,28 @@ def command(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of each model; by default one per core.")
     ] = None,
+    kv_type: Annotated[
+        str, typer.Option(help="Type of the KV cache: f16, q8_0 or q4_0; smaller holds more.")
+    ] = LoadOptions().kv_type,
+    flash_attention: Annotated[
+        bool | None,
+        typer.Option("--flash-attention/--no-flash-attention", help="By default what is faster here."),
+    ] = None,
+    shift: Annotated[
+        bool, typer.Option("--shift", help="A full conversation goes on without its oldest half.")
+    ] = False,
+    lookup: Annotated[
+        int, typer.Option(min=0, max=32, help="Guess so many tokens from the text so far; 0 is off.")
+    ] = 0,
+    draft: Annotated[
+        str | None, typer.Option(help="A GGUF of a smaller model with the same vocabulary, to guess tokens.")
+    ] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="NAME=FILE: a LoRA adapter that requests can choose. Repeatable.")
+    ] = None,
+    prompt_cache: Annotated[
+        bool, typer.Option("--prompt-cache", help="Keep what long shared prompts left, across restarts.")
+    ] = False,
     keep_alive: Annotated[
         str | None,
         typer.Option(
@@ -97,7 +121,18 @@ def command(
 
     models = Models(
         store,
-        LoadOptions(context=context, slots=slots, threads=threads),
+        LoadOptions(
+            context=context,
+            slots=slots,
+            threads=threads,
+            kv_type=kv_type,
+            flash_attention=flash_attention,
+            shift=shift,
+            lookup=lookup,
+            draft=draft,
+            adapters=tuple(_adapter(text) for text in adapter or ()),
+            prompt_cache=str(home() / "prompt-cache") if prompt_cache else None,
+        ),
         target=target,
         keep_alive=stay,
         max_memory=None if max_memory is None else int(max_memory * 1e9),
@@ -226,3 +261,10 @@ class _Announcer:
             say_warning(f"others do not find this server by name: {error.message}")
             return
         err.print(Text(f"Announced as {self._advertisement.name}."), soft_wrap=True)
+
+
+def _adapter(text: str) -> tuple[str, str]:
+    name, separator, file = text.partition("=")
+    if not (name and separator and file):
+        raise BadInput(f"--adapter is {text!r}", hint="Write it as NAME=FILE, such as style=style.gguf.")
+    return name, str(Path(file).expanduser().resolve())

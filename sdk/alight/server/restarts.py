@@ -213,18 +213,23 @@ class _Retried:
 
     def _try(self) -> None:
         self._tries += 1
-        chunks = self._chunks = self._run()
-        assert isinstance(chunks, PushedChunks)
         if self._cancelled:
             return
+        chunks = self._chunks = self._run()
+        assert isinstance(chunks, PushedChunks)
+        if self._cancelled:  # meanwhile
+            chunks.close()
         chunks.push(self._take)
 
     def _take(self, item: Chunk | Exception) -> None:
         if isinstance(item, EngineCrashed) and not self._said and self._tries < 2:
             log.info("a request is run again, since its worker crashed before the first token")
             # Starting a worker takes a while, and this is the thread that the old one's replies came by.
-            threading.Thread(target=self._try_again, daemon=True).start()
-            return
+            try:
+                threading.Thread(target=self._try_again, daemon=True).start()
+                return
+            except RuntimeError:  # no thread is left
+                pass
         if isinstance(item, Chunk):
             self._said = self._said or bool(item.text or item.tokens)
             if item.finish_reason:

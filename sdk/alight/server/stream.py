@@ -134,13 +134,20 @@ class Inbox:
         self._items.append((answer, item))
         if not self._called:
             self._called = True
-            answer.call(self._empty)
+            if not answer.call(self._empty):
+                self._called = False
+                while self._items:
+                    self._items.popleft()[0].nobody_reads()
 
     def _empty(self) -> None:
         self._called = False  # first: what comes from here on calls again
         while self._items:
             answer, item = self._items.popleft()
-            answer.take(item)
+            try:
+                answer.take(item)
+            except Exception as error:
+                log.exception("an answer cannot go on")
+                answer.cancel(EngineError(f"the answer broke off: {error}"))
 
 
 class Answer:
@@ -210,12 +217,23 @@ class Answer:
     async def _next(self) -> Chunk | None:
         item = await self._queue.get()
         self._room.release()
-        if self._stall and self._queue.qsize() <= AHEAD:
-            self._stall.cancel()
-            self._stall = None
+        self._watch_stall()
         if isinstance(item, Exception):
             raise item
         return item
+
+    def _watch_stall(self) -> None:
+        """Give the client up if it takes nothing for a while although much waits."""
+        if self._stall:
+            self._stall.cancel()
+            self._stall = None
+        if self._queue.qsize() > AHEAD and not self._cancelled.is_set():
+            self._stall = self._loop.call_later(STALLED, self._give_up)
+
+    def _give_up(self) -> None:
+        while not self._queue.empty():  # it would get the reason behind all that
+            self._queue.get_nowait()
+        self.cancel(_stalled())
 
     def take(self, item: Chunk | Exception) -> None:
         """What the engine pushed."""
@@ -229,8 +247,8 @@ class Answer:
         self._queue.put_nowait(item)
         if item.finish_reason:
             self._over.set()
-        elif self._stall is None and self._queue.qsize() > AHEAD:
-            self._stall = self._loop.call_later(STALLED, self.cancel, _stalled())
+        elif self._stall is None:
+            self._watch_stall()
 
     async def _cancel_when_gone(self, request: Request) -> None:
         # The body has been read, so the only message that can come is that the client hung up.
@@ -280,13 +298,19 @@ class Answer:
         if chunk.usage:
             self._turn.note(chunk.usage)
 
-    def call(self, function: Callable[..., None], *arguments: object) -> None:
-        """Have it called on the event loop, from any thread."""
+    def call(self, function: Callable[..., None], *arguments: object) -> bool:
+        """Have it called on the event loop, from any thread; False where that has ended."""
         try:
             self._loop.call_soon_threadsafe(function, *arguments)
-        except RuntimeError:  # the event loop has ended, and with it everyone who could read this
-            self._cancelled.set()
-            self._over.set()
+        except RuntimeError:
+            self.nobody_reads()
+            return False
+        return True
+
+    def nobody_reads(self) -> None:
+        """The event loop has ended, and with it everyone who could read this."""
+        self._cancelled.set()
+        self._over.set()
 
 
 class StreamedAnswer(Response):

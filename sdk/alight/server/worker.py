@@ -32,6 +32,7 @@ from alight.target import Chunk, LoadOptions, Model, Sampling
 log = logging.getLogger(__name__)
 
 _CLOSING = 5.0  # seconds that the engine gets to close
+_BROKEN = 70  # exit code of a process whose engine cannot go on (EX_SOFTWARE)
 _PR_SET_PDEATHSIG = 1
 
 
@@ -42,6 +43,7 @@ class Worker:
         self._channel = channel
         self._model: Model | None = None
         self._streams = Streams(channel)
+        self._closing = False
         self._calls: set[int] = set()  # the other requests that the model works on
         self._wake = threading.Event()  # there is something to do
 
@@ -58,6 +60,7 @@ class Worker:
                     self._wake.set()
                 case _:
                     self._start(self._answer, request)
+        self._closing = True
         # Closing may get stuck in native code, and nobody is left then to end this process.
         limit = threading.Timer(_CLOSING, os._exit, (1,))
         limit.daemon = True
@@ -76,6 +79,9 @@ class Worker:
             if self._calls or self._streams:
                 self._wake.set()
             busy = bool(self._calls or self._streams)
+            if self._model and not self._model.alive and not self._closing:
+                log.error("the engine cannot go on")
+                os._exit(_BROKEN)  # the server starts another process
             progress = self._model.progress() if self._model else None
             told = {"id": protocol.BEAT, "progress": progress, "busy": busy and progress is not None}
             with contextlib.suppress(OSError):

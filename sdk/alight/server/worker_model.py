@@ -142,7 +142,11 @@ class WorkerModel(Model):
             deliver(item)
 
         number = self._enter(take)
-        self._tell(number, "generate", payload, **fields)
+        try:
+            self._tell(number, "generate", payload, **fields)
+        except BaseException:  # what was asked for cannot be told
+            self._forget(number)
+            raise
 
         def cancel() -> None:
             if self._forget(number):
@@ -290,7 +294,10 @@ class WorkerModel(Model):
                 self._tell_crash()  # first, so that who tries again finds it counted
         finally:
             for take in waiting:
-                take(None)
+                try:
+                    take(None)
+                except Exception:
+                    log.exception("nobody could be told that the worker of %s has ended", self.name)
             self._channel.hang_up(timeout=1.0)
             self._channel.close()
 

@@ -9,7 +9,7 @@ from contextlib import closing, suppress
 from queue import SimpleQueue
 from typing import TypeAlias
 
-from alight.errors import AlightError
+from alight.errors import AlightError, EngineError
 from alight.pushed import PushedChunks
 from alight.server import worker_protocol as protocol
 from alight.server.worker_protocol import Channel
@@ -51,6 +51,8 @@ class Streams:
                 self._streams.pop(number, None)
             self._said.put((number, item))
 
+        last = Chunk()
+
         try:
             chunks = generate()
             if not stream.opened(chunks):
@@ -59,10 +61,12 @@ class Streams:
                 chunks.push(deliver)
                 return
             with closing(chunks):
-                for chunk in chunks:
+                for last in chunks:
                     if stream.cancelled:
                         return
-                    deliver(chunk)
+                    deliver(last)
+            if not last.finish_reason:
+                raise EngineError("the engine ended an answer without saying why")
         except Exception as error:
             if not isinstance(error, AlightError):
                 log.error("a request failed", exc_info=error)
@@ -72,9 +76,24 @@ class Streams:
         while True:
             items = [self._said.get()]
             items += [self._said.get() for _ in range(self._said.qsize())]  # nobody else takes any
-            told = [[number, protocol.said_to_json(item)] for number, item in items]
-            with suppress(OSError):  # the server is gone, and so are we in a moment
-                self._channel.send({"id": protocol.CHUNKS, "chunks": told})
+            try:
+                self._send(items)
+            except Exception:  # one of them cannot be told: the others can
+                for item in items:
+                    self._send_alone(*item)
+
+    def _send(self, items: list[tuple[int, _Item]]) -> None:
+        told = [[number, protocol.said_to_json(item)] for number, item in items]
+        with suppress(OSError):  # the server is gone, and so are we in a moment
+            self._channel.send({"id": protocol.CHUNKS, "chunks": told})
+
+    def _send_alone(self, number: int, item: _Item) -> None:
+        try:
+            self._send([(number, item)])
+        except Exception as error:
+            log.exception("what the engine said cannot be told")
+            self.cancel(number)
+            self._send([(number, EngineError(f"the engine said what cannot be told: {error}"))])
 
 
 class _Stream:

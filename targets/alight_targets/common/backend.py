@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 class Backend(ABC):
     """Sequences of tokens in a KV cache. Used from one thread only. A sequence is known by a small number.
+    Logits are read before the next call, so that it may use their memory again.
 
     Attributes:
         vocabulary: columns of the logits.

@@ -65,26 +65,31 @@ class Cache:
         self._parked: dict[int, _Parked] = {}  # the same, outside of the cache; their numbers never recur
         self._indexes: dict[Adapters, PrefixIndex] = {}  # keys and values depend on the adapters, too
         self._next_parked = 1 << 20
+        self._too_large: set[int] = set()  # layouts that there was no memory for
         self.evictions = self.moves = 0
         self._open(layouts.best([_FIRST]))
 
     # -- layout ----------------------------------------------------------------------------------
 
-    def make_way(self, running: Sequence[Request], arriving: Sequence[Request]) -> None:
-        """Take the layout that suits them all. Sequences may get other numbers."""
+    def make_way(self, running: Sequence[Request], arriving: Sequence[Request]) -> bool:
+        """Take the layout that suits them all. Sequences may get other numbers. False where its compute buffers do
+        not fit: who arrives has to wait."""
         wants = [self._want(r) for r in (*running, *arriving)]
         best = self._layouts.best(wants)
         # Leaving the unified cache moves everything, so there should be room for a newcomer afterwards.
         roomier = self.streams == UNIFIED and (not running or best > len(wants))
-        if roomier or not self._layouts.suits(self.streams, wants):
-            self._change(best, running)
+        suits = self._layouts.suits(self.streams, wants)
+        if (roomier or not suits) and not (running and best in self._too_large):
+            return self._change(best, running) or suits
+        return suits
 
     def let_grow(self, running: Sequence[Request]) -> None:
         """Give a request that fills its part of the cells a larger one. Sequences may get other numbers."""
         if self.streams > UNIFIED:
             needs = [len(r.tokens) + len(r.draft) for r in running]
-            if not self._layouts.suits(self.streams, needs):
-                self._change(self._layouts.best([self._want(r) for r in running]), running)
+            best = self._layouts.best([self._want(r) for r in running])
+            if not self._layouts.suits(self.streams, needs) and best not in self._too_large:
+                self._change(best, running)
 
     def close_ranks(self, running: Sequence[Request]) -> None:
         """Number the running sequences without gaps: llama.cpp runs only neighbours together."""
@@ -109,9 +114,10 @@ class Cache:
         self.streams = streams
         self._free = list(range(sequences))
 
-    def _change(self, streams: int, running: Sequence[Request]) -> None:
+    def _change(self, streams: int, running: Sequence[Request]) -> bool:
+        """False: there is no memory for it, and the layout is what it was."""
         if streams == self.streams:
-            return
+            return True
         log.debug("KV cache: from %d streams to %d for %d requests", self.streams, streams, len(running))
         old = self.streams
         states = self._states(running)
@@ -121,11 +127,9 @@ class Cache:
             for sequence in [r.sequence for r in running if r.adapters == adapters]:
                 index.remove(sequence)
         self.context.close()
-        try:
-            self._open(streams)
-        except EngineError:  # its compute buffers do not fit
+        fits = self._try_open(streams)
+        if not fits:
             self._open(old)
-            raise
         self.moves += 1
         for request in running:
             request.sequence = self._free.pop(0)
@@ -134,6 +138,17 @@ class Cache:
             else:  # reads its tokens again
                 self.context.forget(request.sequence)
                 request.kv, request.draft = 0, []
+        return fits
+
+    def _try_open(self, streams: int) -> bool:
+        try:
+            self._open(streams)
+        except EngineError as error:
+            log.warning("no room for a KV cache of %d streams: %s", streams, error)
+            self._too_large.add(streams)
+            return False
+        self._too_large.clear()
+        return True
 
     def _states(self, running: Sequence[Request]) -> dict[Request, bytes]:
         """Copies of the running sequences, as many as there is memory for; the others are read again."""

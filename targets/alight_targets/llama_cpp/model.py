@@ -1,4 +1,4 @@
-"""The Model contract on llama.cpp: requests go to the scheduler, and their chunks come back by queue."""
+"""The Model contract on llama.cpp: requests go to the scheduler, which pushes their chunks."""
 
 from __future__ import annotations
 
@@ -204,6 +204,10 @@ class LlamaCppModel(Model):
 
     def progress(self) -> int:
         return NativeContext.decoded  # also those of scores and embeddings
+
+    @property
+    def alive(self) -> bool:
+        return self._scheduler.alive
 
     def close(self) -> None:
         if not self._closed:

@@ -31,7 +31,7 @@ class PromptCache:
         for file in sorted(folder.glob("*.npy"), key=lambda f: f.stat().st_mtime):
             try:
                 tokens = np.load(file, allow_pickle=False).tolist()
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, EOFError) as error:
                 log.warning("a saved prompt is damaged and is removed: %s", error)
                 self._remove(file)
                 continue
@@ -65,7 +65,9 @@ class PromptCache:
         try:
             partial.write_bytes(state)
             partial.rename(file.with_suffix(".kv"))
-            np.save(file, np.array(tokens, np.int32), allow_pickle=False)  # last: it makes the prompt visible
+            with partial.open("wb") as stream:
+                np.save(stream, np.array(tokens, np.int32), allow_pickle=False)
+            partial.rename(file)  # last: it makes the prompt visible
         except OSError as error:
             log.warning("a prompt could not be saved to %s: %s", self._folder, error)
             partial.unlink(missing_ok=True)

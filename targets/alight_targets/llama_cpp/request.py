@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -13,6 +14,8 @@ from alight_targets.llama_cpp.sampler import Sampler
 
 if TYPE_CHECKING:
     from alight_targets.llama_cpp.vision import Image
+
+log = logging.getLogger("alight.llama_cpp")
 
 Adapters = tuple[tuple[int, float], ...]  # LoRA adapters in use: (pointer, scale)
 
@@ -82,9 +85,27 @@ class Request:
 
     def hand_over(self) -> None:
         """Deliver what was said. Apart from saying it, so that nobody wakes up while others wait for their token."""
-        for chunk in self.said:
-            self.deliver(chunk)
-        self.said.clear()
+        said, self.said = self.said, []
+        if len(said) > 1:  # guesses that were right, and the end
+            said = [
+                Chunk(
+                    "".join(chunk.text for chunk in said),
+                    tuple(token for chunk in said for token in chunk.tokens),
+                    said[-1].finish_reason,
+                    said[-1].usage,
+                    tuple(one for chunk in said for one in chunk.logprobs),
+                )
+            ]
+        for chunk in said:
+            self.tell(chunk)
+
+    def tell(self, item: Chunk | Exception) -> None:
+        """Deliver, whatever the receiver does: the engine serves others, too."""
+        try:
+            self.deliver(item)
+        except Exception:
+            log.exception("whoever asked does not take the answer")
+            self.cancelled = True
 
     def end(self, reason: FinishReason) -> None:
         """Say that this was all."""

@@ -32,8 +32,10 @@ class Sampler:
             tuple[object, int]
         ] = []  # samplers that also look at the prompt, and how far back
         self.seed = secrets.randbits(32) if sampling.seed is None else sampling.seed & 0xFFFFFFFF
+        self._owned: list[object] = []
         self._grammar = self._make_grammar(gbnf_of(sampling))
         self._chain = C.llama_sampler_chain_init(C.llama_sampler_chain_default_params())
+        self._owned.append(self._chain)
         self._fill_chain(sampling)
         # The likeliest token that nothing changes: NumPy finds it ten times quicker than a chain.
         self._banned = {t for t, b in self._bias.items() if b < 0}
@@ -82,9 +84,14 @@ class Sampler:
         )
 
     def close(self) -> None:
-        C.llama_sampler_free(self._chain)
-        if self._grammar is not None:
-            C.llama_sampler_free(self._grammar)
+        """Free it. Safe to call twice."""
+        owned = self._owned
+        self._owned = []
+        for sampler in owned:
+            C.llama_sampler_free(sampler)
+
+    def __del__(self) -> None:  # a request that never began
+        self.close()
 
     # -- inside ----------------------------------------------------------------------------------
 
@@ -151,6 +158,7 @@ class Sampler:
             raise BadInput(
                 f"the grammar is not valid GBNF: {complaint()}", hint="Its start rule is named root."
             )
+        self._owned.append(made)
         return made  # type: ignore[no-any-return]
 
     def _pick(self, logits: NDArray[np.float32], *, grammar: bool) -> int:

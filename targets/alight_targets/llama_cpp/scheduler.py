@@ -115,6 +115,11 @@ class Scheduler:
             self._wake.notify()
         self._thread.join()
 
+    @property
+    def alive(self) -> bool:
+        """Whether it can still run something; False after `close`, and after a failure that it cannot recover from."""
+        return self._thread.is_alive() and not self._closed
+
     def gauges(self) -> dict[str, float]:
         counted = {**self.counters, "evictions": self._cache.evictions, "cache_moves": self._cache.moves}
         return {
@@ -140,10 +145,10 @@ class Scheduler:
                 started = time.perf_counter()
                 try:
                     self._step()
+                    self._cells_used = self._cache.used(self._running)
                 except Exception as error:
                     log.exception("the engine failed; its requests are given up")
                     self._recover(error)
-                self._cells_used = self._cache.used(self._running)
                 self.counters["steps"] += 1
                 self.counters["step_seconds"] += time.perf_counter() - started
         self._give_up(EngineError("the model was closed", hint="Load it again."))
@@ -175,7 +180,10 @@ class Scheduler:
         if not self._waiting or free <= 0 or (self._crowded and self._running):
             return
         arriving = list(self._waiting)[:free]  # no others: way is made for these
-        self._cache.make_way(self._running, arriving)
+        if not self._cache.make_way(self._running, arriving):
+            if self._running:
+                return
+            raise EngineError("there is no memory for the KV cache", hint="Load it with a smaller context.")
         for request in arriving:
             if not self._is_being_read(request):
                 self._start(request)
@@ -259,10 +267,12 @@ class Scheduler:
         for request, count in read:
             request.kv += count
             self._cache.note(request)
-        for request, row in ready:
-            self._choose(request, row)
-        for request, _ in ready:
-            request.hand_over()
+        try:
+            for request, row in ready:
+                self._choose(request, row)
+        finally:  # who is done has its end, even where another fails
+            for request, _ in ready:
+                request.hand_over()
         return True
 
     def _read_image(self, group: list[Request]) -> bool:
@@ -277,7 +287,7 @@ class Scheduler:
                 if not image.decode(self._cache.context, request.sequence, request.position(image.start)):
                     return False
             except AlightError as error:  # only this request's trouble
-                request.deliver(error)
+                request.tell(error)
                 self._finish(request)
                 group.remove(request)
                 return True
@@ -391,7 +401,7 @@ class Scheduler:
             self._waiting.clear()
         for request in requests:
             request.sampler.close()
-            request.deliver(error)
+            request.tell(error)
 
     def _recover(self, error: Exception) -> None:
         """After a failure: give its requests up and begin with an empty cache, or close where that fails, too."""

@@ -53,8 +53,8 @@ PROVIDERS = (
 )
 _BY_NAME = {provider.name: provider for provider in PROVIDERS}
 CPU = _BY_NAME["cpu"]
-# The others compile a model for minutes, take few of a decoder's operators, or want a graph made for them: they are only
-# taken for a model that was exported for them, or when they are asked for.
+# The others compile a model for minutes, take few of a decoder's operators, or want a graph made for them: they are
+# only taken for a model that was exported for them, or when they are asked for.
 _AUTOMATIC = {"cuda", "directml", "cpu"}
 
 
