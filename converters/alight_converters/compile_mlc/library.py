@@ -10,11 +10,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import tvm
 from tvm import relax
 from tvm.ir import StringImm
 
-from alight.errors import BadInput, EngineError, Unsupported
+from alight.errors import AlightError, BadInput, EngineError, Unsupported
 from alight_converters.compile_mlc.architecture import Architecture, Quantization
 from alight_converters.compile_mlc.decoder import Decoder
 from alight_converters.compile_mlc.families import architecture_of
@@ -75,7 +74,7 @@ def compile_library(
             "context": context,
             "prefill_chunk": metadata["prefill_chunk_size"],
             "functions": functions,
-            "run": "" if chosen.settings["kind"] == "llvm" and chosen.suffix == ".so" else _UNRUN,
+            "run": "" if chosen.tested else _UNRUN,
         }
         _enlist(place / LIST, name, entry, Path(scratch))
     return library
@@ -103,7 +102,9 @@ def _built(
             )
             # A browser finds the functions of a library in the program that it is linked into.
             executable = relax.build(module, target=target, system_lib=target.kind.name == "webgpu")
-    except tvm.error.InternalError as error:
+    except AlightError:
+        raise
+    except Exception as error:  # tvm raises whatever its C++ threw
         raise EngineError(
             f"tvm cannot compile this model for {target.kind.name}: {str(error).strip().splitlines()[-1]}",
             hint="Report it with the model's config, or use another format.",

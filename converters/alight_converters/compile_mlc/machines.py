@@ -30,12 +30,14 @@ class Machine:
         needs: CPU features without which it does not run.
         suffix: of the library's file. A `.tar` holds objects that are linked where it is loaded.
         linker: a program that must be here.
+        tested: whether alight's tests run its libraries. runs_here: whether it is this machine.
     """
 
     settings: Mapping[str, Any]
     needs: tuple[str, ...] = ()
     suffix: str = ".so"
     linker: str = "gcc"
+    tested: bool = False
     runs_here: Callable[[], bool] = field(default=lambda: False)
 
     @property
@@ -79,7 +81,7 @@ def _flags() -> frozenset[str]:
 
 def _x86(level: str, needs: tuple[str, ...]) -> Machine:
     settings = {"kind": "llvm", "mtriple": _X86, "mcpu": level}
-    return Machine(settings, needs, runs_here=lambda: _flags() >= set(needs))
+    return Machine(settings, needs, tested=True, runs_here=lambda: _flags() >= set(needs))
 
 
 def _gpu(kind: str, host: Mapping[str, str] = _HOST, **more: Any) -> dict[str, Any]:

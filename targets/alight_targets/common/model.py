@@ -1,4 +1,4 @@
-"""The Model contract over a Backend: requests go to the scheduler, and their chunks come back by queue."""
+"""The Model contract over a Backend: requests go to the scheduler, which pushes their chunks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from alight.errors import BadInput, ContextExceeded, EngineError, Unsupported
+from alight.pushed import Cancel, Deliver, PushedChunks
 from alight.target import (
     Chunk,
     LoadOptions,
@@ -83,7 +84,7 @@ class BatchedModel(Model):
         request = self._request(tokens, sampling)
         if request.limit == 0:
             return (c for c in [Chunk(finish_reason="length", usage=Usage(prompt_tokens=len(tokens)))])
-        return self._stream(request)
+        return PushedChunks(lambda deliver: self._begin(request, deliver))
 
     def _request(self, tokens: list[int], sampling: Sampling) -> Request:
         for name, _ in sampling.adapters:
@@ -104,18 +105,14 @@ class BatchedModel(Model):
             shown_special=frozenset(shown),
         )
 
-    def _stream(self, request: Request) -> Generator[Chunk]:
-        try:
-            self._scheduler.submit(request)
-            while True:
-                chunk = request.out.get()
-                if isinstance(chunk, Exception):
-                    raise chunk
-                yield chunk
-                if chunk.finish_reason:
-                    return
-        finally:
+    def _begin(self, request: Request, deliver: Deliver) -> Cancel:
+        request.deliver = deliver
+        self._scheduler.submit(request)
+
+        def cancel() -> None:
             request.cancelled = True  # seen by the scheduler before its next step
+
+        return cancel
 
     def score(self, tokens: Sequence[int], *, distribution: bool = False, top: int = 0) -> Scores:
         self._check_open()
@@ -156,6 +153,10 @@ class BatchedModel(Model):
 
     def progress(self) -> int:
         return self._scheduler.work
+
+    @property
+    def alive(self) -> bool:
+        return self._scheduler.alive
 
     def close(self) -> None:
         if not self._closed:

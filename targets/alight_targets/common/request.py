@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass, field
-from queue import SimpleQueue
 
+from alight.pushed import Deliver
 from alight.target import Chunk, FinishReason, Sampling, TokenLogprob, Usage
 from alight.text import TextStream
 from alight_targets.common.sampler import Sampler
+
+log = logging.getLogger("alight.targets")
 
 Adapters = tuple[tuple[str, float], ...]
 
@@ -25,9 +28,9 @@ class Request:
     sampler: Sampler
     stream: TextStream
     limit: int  # tokens to generate at most
+    deliver: Deliver = field(default=lambda _: None)  # takes its chunks, or the error that ends it
     shift: bool = False  # go on when the context is full, without its oldest part
     shown_special: frozenset[int] = frozenset()  # control tokens whose text is shown
-    out: SimpleQueue[Chunk | Exception] = field(default_factory=SimpleQueue)
     cancelled: bool = False
     prompt: int = 0  # tokens of the prompt
     kv: int = 0
@@ -46,15 +49,18 @@ class Request:
         return self.kv == len(self.tokens) - 1 and self.made > 0
 
     def say(self, text: str, token: int, logprob: TokenLogprob | None) -> None:
-        self.out.put(Chunk(text, (token,), logprobs=(logprob,) if logprob else ()))
+        self.tell(Chunk(text, (token,), logprobs=(logprob,) if logprob else ()))
 
-    def show_life(self) -> None:
-        """An empty chunk while it waits or reads, so that its consumer can notice a client that left."""
-        if self.out.empty():
-            self.out.put(Chunk())
+    def tell(self, item: Chunk | Exception) -> None:
+        """Deliver, whatever the receiver does: the engine serves others, too."""
+        try:
+            self.deliver(item)
+        except Exception:
+            log.exception("whoever asked does not take the answer")
+            self.cancelled = True
 
     def end(self, reason: FinishReason) -> None:
-        """Tell the consumer that this was all."""
+        """Tell that this was all."""
         now = time.perf_counter()
         first = self.first_token or now
         usage = Usage(
@@ -64,4 +70,4 @@ class Request:
             decode_seconds=now - first,
             cached_tokens=self.cached,
         )
-        self.out.put(Chunk(self.stream.finish(), (), reason, usage))
+        self.tell(Chunk(self.stream.finish(), (), reason, usage))

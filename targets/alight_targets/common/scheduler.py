@@ -103,6 +103,11 @@ class Scheduler:
             self._wake.notify()
         self._thread.join()
 
+    @property
+    def alive(self) -> bool:
+        """Whether it can still run something; False after `close`, and after a failure that it cannot recover from."""
+        return self._thread.is_alive() and not self._closed
+
     def gauges(self) -> dict[str, float]:
         return {
             **{
@@ -154,8 +159,6 @@ class Scheduler:
             self._read(reading, CHUNK_AMONG_OTHERS if decoding else CHUNK)
         if decoding:
             self._decode(decoding)
-        for request in list(self._waiting):  # others are added meanwhile
-            request.show_life()
 
     def _drop_cancelled(self) -> None:
         for request in [r for r in self._running if r.cancelled]:
@@ -186,7 +189,7 @@ class Scheduler:
         try:
             self._sequences.begin(request)
         except AlightError as error:  # only this request's trouble
-            request.out.put(error)
+            request.tell(error)
             return
         self._running.append(request)
         if not request.made:
@@ -201,8 +204,6 @@ class Scheduler:
         request.kv += len(part)
         if request.kv == len(request.tokens):
             self._choose(request, logits)
-        else:
-            request.show_life()
 
     def _decode(self, requests: list[Request]) -> None:
         rows = self._timed(
@@ -230,7 +231,7 @@ class Scheduler:
             self._counters["generated_tokens"] += 1
             reason = self._deliver(request, token, logits)
         except AlightError as error:  # only this request's trouble
-            request.out.put(error)
+            request.tell(error)
             self._finish(request)
             return
         if reason:
@@ -273,7 +274,7 @@ class Scheduler:
         """After a failure: give up what runs, and begin anew; close where that fails, too."""
         failure = error if isinstance(error, AlightError) else EngineError(f"the engine failed: {error}")
         for request in self._running:
-            request.out.put(failure)
+            request.tell(failure)
         self._running.clear()
         try:
             self._sequences.clear()
@@ -288,4 +289,4 @@ class Scheduler:
             self._running.clear()
             self._waiting.clear()
         for request in requests:
-            request.out.put(error)
+            request.tell(error)

@@ -7,7 +7,7 @@ from alight.planner import DEFAULT_CONTEXT, RESERVE, SMALLEST_CONTEXT
 from alight_targets.onnx.config import PIECE
 
 KEPT = 8  # finished conversations that stay in the KV cache, beside those that run
-# Python, NumPy and onnxruntime, and of the tokenizer per token. Measured with the tiny model of the tests and SmolLM2.
+# Python, NumPy and onnxruntime, and of the tokenizer per token: estimates, on the safe side.
 _RUNTIME_BYTES = 90_000_000
 _VOCABULARY_BYTES = 600
 
