@@ -14,6 +14,7 @@ from tiny_model import tiny_adapter, tiny_model
 
 import alight
 from alight.errors import BadInput, EngineError, InvalidModelFile
+from alight.planner import BATCH
 from alight.target import Completion, LoadOptions, Model, Sampling
 from alight_targets.llama_cpp import CpuTarget
 from alight_targets.llama_cpp.speculative import lookup
@@ -282,6 +283,23 @@ def test_cancelled_requests_make_room(load: Load) -> None:
     first.close()
     assert Completion.of(model.generate([2], greedy(3))).usage.completion_tokens == 3
     assert model.metrics()["running"] == 0
+
+
+def test_a_long_score_holds_nobody_up(tmp_path: Path) -> None:
+    long = [1, 2, 3] * 1000
+    with alight.load(tiny_model(tmp_path / "long.gguf", context=4096), threads=1, context=4096) as model:
+        expected = model.score(long).logprobs
+        stream = model.generate([1, 2, 3], greedy(2000))
+        next(stream)
+        scores: list[object] = []
+        scoring = threading.Thread(target=lambda: scores.append(model.score(long).logprobs.tolist()))
+        scoring.start()
+        made = 0
+        while scoring.is_alive():
+            made += len(next(stream).tokens)
+        stream.close()
+    assert made >= len(long) // BATCH, "a token after each part of the text"
+    assert scores == [expected.tolist()]
 
 
 def test_cells_in_use_are_counted(load: Load) -> None:

@@ -17,6 +17,7 @@ from alight.errors import AlightError, BadInput, EngineError, Unsupported
 from alight_converters.compile_mlc.architecture import Architecture, Quantization
 from alight_converters.compile_mlc.decoder import Decoder
 from alight_converters.compile_mlc.families import architecture_of
+from alight_converters.compile_mlc.gpu import pipeline
 from alight_converters.compile_mlc.kernels.linear import GROUP
 from alight_converters.compile_mlc.kernels.vector import LANES
 from alight_converters.compile_mlc.kv_cache import with_our_attention
@@ -100,8 +101,13 @@ def _built(
                 for place, function in module.functions_items()
                 if isinstance(function, relax.Function)
             )
-            # A browser finds the functions of a library in the program that it is linked into.
-            executable = relax.build(module, target=target, system_lib=target.kind.name == "webgpu")
+            executable = relax.build(
+                module,
+                target=target,
+                relax_pipeline="default" if setting.cpu else pipeline(target),
+                # A browser finds the functions of a library in the program that it is linked into.
+                system_lib=target.kind.name == "webgpu",
+            )
     except AlightError:
         raise
     except Exception as error:  # tvm raises whatever its C++ threw

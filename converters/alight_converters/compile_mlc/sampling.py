@@ -26,7 +26,7 @@ def _logit_functions(gpu: bool) -> tuple[Any, ...]:
     def threads(count: int) -> Any:
         return T.thread_binding(count, "threadIdx.x") if gpu else T.serial(count)
 
-    @T.prim_func(s_tir=True)
+    @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
     def apply_logit_bias_inplace(  # type: ignore[no-untyped-def]
         logits_: T.handle, rows_: T.handle, ids_: T.handle, bias_: T.handle
     ):
@@ -43,7 +43,7 @@ def _logit_functions(gpu: bool) -> tuple[Any, ...]:
                     if n < count:
                         logits[rows[n], ids[n]] += bias[n]
 
-    @T.prim_func(s_tir=True)
+    @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
     def apply_penalty_inplace(  # type: ignore[no-untyped-def]
         logits_: T.handle,
         rows_: T.handle,
@@ -73,7 +73,7 @@ def _logit_functions(gpu: bool) -> tuple[Any, ...]:
                         else:
                             logits[rows[owners[n]], ids[n]] /= penalties[owners[n], 2]
 
-    @T.prim_func(s_tir=True)
+    @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
     def apply_bitmask_inplace(logits_: T.handle, rows_: T.handle, mask_: T.handle):  # type: ignore[no-untyped-def]
         T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
         batch, vocabulary, sequences = T.int32(), T.int32(), T.int32()
@@ -93,7 +93,7 @@ def _logit_functions(gpu: bool) -> tuple[Any, ...]:
     return apply_logit_bias_inplace, apply_penalty_inplace, apply_bitmask_inplace
 
 
-@T.prim_func(private=True, s_tir=True)
+@T.prim_func(private=True, s_tir=True)  # type: ignore[untyped-decorator]
 def _fill(result_: T.handle, value: T.int32):  # type: ignore[no-untyped-def]
     rows = T.int32()
     result = T.match_buffer(result_, (rows, 1), "int32")

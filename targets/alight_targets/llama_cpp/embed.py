@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +16,9 @@ _TEXTS = 64  # texts in one pass
 
 def embed(
     model: NativeModel, texts: Sequence[list[int]], *, pooling: str, threads: int, flash_attention: bool
-) -> NDArray[np.float32]:
+) -> Generator[None, None, NDArray[np.float32]]:
     """Unit-length embeddings of tokenized texts, shape (len(texts), width); or raw scores with pooling "rank",
-    shape (len(texts), 1)."""
+    shape (len(texts), 1). Yields after each pass, so that others get their turn."""
     if pooling and pooling not in POOLING:
         raise BadInput(f"pooling is {pooling!r}", hint=f"It must be one of {', '.join(POOLING)}.")
     limit = min(_BATCH, model.trained_context or _BATCH)
@@ -51,6 +51,7 @@ def embed(
             for sequence, i in enumerate(rows):
                 out[i] = context.embedding(sequence, width)
                 context.forget(sequence)
+            yield
     finally:
         context.close()
     if pooling != "rank":

@@ -154,9 +154,9 @@ class LlamaCppModel(Model):
             raise BadInput(f"score got {len(ids)} tokens", hint="It needs at least two.")
         if len(ids) > self.info.context:
             raise ContextExceeded(len(ids), self.info.context)
-        return self._scheduler.call(lambda: self._score(ids, distribution, min(top, self.info.vocabulary)))
+        return self._scheduler.work(self._score(ids, distribution, min(top, self.info.vocabulary)))
 
-    def _score(self, ids: list[int], distribution: bool, top: int) -> Scores:
+    def _score(self, ids: list[int], distribution: bool, top: int) -> Generator[None, None, Scores]:
         context = self._open_context(len(ids), sequences=1, outputs=BATCH)
         try:
             best: list[tuple[tuple[int, float], ...]] = []
@@ -171,13 +171,14 @@ class LlamaCppModel(Model):
                 if rows is not None:
                     rows[at : at + count] = logp
                 best += [_likeliest(row, top) for row in logp] if top else []
+                yield
         finally:
             context.close()
         return Scores(tuple(ids), logprobs, rows, tuple(best))
 
     def embed(self, texts: Sequence[str], *, pooling: str = "") -> FloatArray:
         ids = [self.tokenize(text, bos=True) for text in texts]
-        return self._scheduler.call(lambda: self._embed(ids, pooling))
+        return self._scheduler.work(self._embed(ids, pooling))
 
     def rerank(self, query: str, documents: Sequence[str]) -> list[float]:
         if self._native.pooling != "rank":
@@ -186,9 +187,9 @@ class LlamaCppModel(Model):
         pairs = [
             self.tokenize(query, bos=True) + separator + self.tokenize(d) + separator[:1] for d in documents
         ]
-        return [float(x) for x in self._scheduler.call(lambda: self._embed(pairs, "rank"))[:, 0]]
+        return [float(x) for x in self._scheduler.work(self._embed(pairs, "rank"))[:, 0]]
 
-    def _embed(self, ids: list[list[int]], pooling: str) -> FloatArray:
+    def _embed(self, ids: list[list[int]], pooling: str) -> Generator[None, None, FloatArray]:
         return embed(self._native, ids, pooling=pooling, threads=self._threads, flash_attention=self._flash)
 
     def tokenize(self, text: str, *, bos: bool = False, special: bool = False) -> list[int]:

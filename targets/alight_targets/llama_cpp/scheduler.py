@@ -13,13 +13,13 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Generator, Sequence
 from typing import Protocol, TypeVar
 
 from alight.errors import AlightError, EngineError
 from alight.target import FinishReason
 from alight_targets.llama_cpp.cache import Cache
+from alight_targets.llama_cpp.jobs import Jobs
 from alight_targets.llama_cpp.native import NativeModel
 from alight_targets.llama_cpp.request import Request
 
@@ -65,7 +65,7 @@ class Scheduler:
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []  # oldest first
         self._turn = 0  # which set of adapters goes next
-        self._jobs: deque[Callable[[], None]] = deque()
+        self._jobs = Jobs()
         self._wake = threading.Condition()
         self._closed = False
         self._cells_used = 0
@@ -86,25 +86,23 @@ class Scheduler:
 
     def submit(self, request: Request) -> None:
         with self._wake:
-            if self._closed:
-                raise EngineError("the model is closed", hint="Load it again.")
+            self._check_open()
             self._waiting.append(request)
             self._wake.notify()
 
     def call(self, job: Callable[[], T]) -> T:
         """Run something on the engine's thread, between two steps."""
-        future: Future[T] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(job())
-            except BaseException as error:
-                future.set_exception(error)
-
         with self._wake:
-            if self._closed:
-                raise EngineError("the model is closed", hint="Load it again.")
-            self._jobs.append(run)
+            self._check_open()
+            future = self._jobs.add(job)
+            self._wake.notify()
+        return future.result()
+
+    def work(self, steps: Generator[None, None, T]) -> T:
+        """Run something long there: one step of it (to its next `yield`) after each of the requests."""
+        with self._wake:
+            self._check_open()
+            future = self._jobs.add_steps(steps)
             self._wake.notify()
         return future.result()
 
@@ -130,6 +128,10 @@ class Scheduler:
             "kv_cells_used": self._cells_used,
         }
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineError("the model is closed", hint="Load it again.")
+
     # -- the engine's thread ---------------------------------------------------------------------
 
     def _loop(self) -> None:
@@ -139,8 +141,7 @@ class Scheduler:
                     self._wake.wait()
                 if self._closed:
                     break
-            while self._jobs:
-                self._jobs.popleft()()
+            self._jobs.run()
             if self._waiting or self._running:
                 started = time.perf_counter()
                 try:
@@ -151,9 +152,9 @@ class Scheduler:
                     self._recover(error)
                 self.counters["steps"] += 1
                 self.counters["step_seconds"] += time.perf_counter() - started
-        self._give_up(EngineError("the model was closed", hint="Load it again."))
-        while self._jobs:
-            self._jobs.popleft()()
+        closed = EngineError("the model was closed", hint="Load it again.")
+        self._give_up(closed)
+        self._jobs.end(closed)
 
     def _step(self) -> None:
         self._drop_cancelled()

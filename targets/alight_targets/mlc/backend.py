@@ -68,7 +68,7 @@ class TvmBackend(Backend):
         self._end = self._function("vm.builtin.kv_state_end_forward")
         pages = -(-context // _PAGE) * _PAGE * (slots + 1)
         sizes = (slots + 1, pages, self._chunk, _PAGE, 0)
-        self._cache: Any = machine["create_tir_paged_kv_cache"](*(Shape([size]) for size in sizes))
+        self._cache: Any = machine["create_tir_paged_kv_cache"](*(Shape((size,)) for size in sizes))
         self._lengths: dict[int, int] = {}
 
     def add(self, sequence: int) -> None:
@@ -94,11 +94,14 @@ class TvmBackend(Backend):
         for start in range(0, len(tokens), self._chunk):
             part = tokens[start : start + self._chunk]
             logits = self._forward(self._prefill, [sequence], [len(part)], part, (1, len(part)))
-        return logits[0, 0]
+        last: FloatArray = logits[0, 0]
+        return last
 
     def decode(self, sequences: Sequence[int], tokens: Sequence[int]) -> FloatArray:
         ones = [1] * len(sequences)
-        return self._forward(self._decode, sequences, ones, tokens, (len(sequences), 1))[:, 0]
+        logits = self._forward(self._decode, sequences, ones, tokens, (len(sequences), 1))
+        rows: FloatArray = logits[:, 0]
+        return rows
 
     def logits(self, tokens: Sequence[int]) -> Iterator[FloatArray]:
         scored = self.slots  # the number after those of the requests
@@ -122,8 +125,8 @@ class TvmBackend(Backend):
         """Append tokens to sequences, so many to each; `shape` is how the function wants them."""
         ids = self._tensor(np.asarray(tokens, np.int32), self._device)
         embedded = self._embed(ids, self._weights)
-        embedded = self._reshape(embedded, self._shape([*shape, embedded.shape[-1]]))
-        self._begin(self._cache, self._shape(sequences), self._shape(lengths))
+        embedded = self._reshape(embedded, self._shape((*shape, embedded.shape[-1])))
+        self._begin(self._cache, self._shape(tuple(sequences)), self._shape(tuple(lengths)))
         out = function(embedded, self._cache, self._weights)
         self._end(self._cache)
         for sequence, length in zip(sequences, lengths, strict=True):

@@ -82,7 +82,7 @@ def fit(sizes: Sizes, options: LoadOptions, limit: int, available: int) -> tuple
 
 def _numbers(record: Mapping[str, Any]) -> int:
     """Weights in a tensor; of four bits there are eight in a number, and their scales are none."""
-    count = math.prod(record["shape"])
+    count = int(math.prod(record["shape"]))
     if record["name"].endswith(".q_scale"):
         return 0
     return 8 * count if record["name"].endswith(".q_weight") else count

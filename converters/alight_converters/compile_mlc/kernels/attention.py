@@ -97,7 +97,7 @@ def _store(output, lse, t, h, out, state, dtype, width):  # type: ignore[no-unty
 def _ragged_prefill(heads: int, kv_heads: int, width: int, dtype: str, softcap: float) -> Any:
     """Within what a prefill appends, each sequence for itself."""
 
-    @T.prim_func(s_tir=True)
+    @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
     def ragged_prefill(  # type: ignore[no-untyped-def]
         q_: T.handle, q_starts_: T.handle, k_: T.handle, v_: T.handle, kv_starts_: T.handle,
         q_positions_: T.handle, k_offsets_: T.handle, output_: T.handle, lse_: T.handle,
@@ -165,7 +165,7 @@ def _paged_prefill(
             return 0
         return T.if_then_else(causal > 0, T.max(length - T.max(window - row - 1, 0), 0), 0)
 
-    @T.prim_func(s_tir=True)
+    @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
     def paged_prefill(  # type: ignore[no-untyped-def]
         q_: T.handle, q_starts_: T.handle, pages_: T.handle, starts_: T.handle, table_: T.handle, info_: T.handle,
         k_offsets_: T.handle, q_positions_: T.handle, output_: T.handle, lse_: T.handle,
@@ -214,7 +214,7 @@ def _paged_decode(
 ) -> Any:
     """One token of each sequence, over the cache that holds it already."""
 
-    @T.prim_func(s_tir=True)
+    @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
     def paged_decode(  # type: ignore[no-untyped-def]
         q_: T.handle, pages_: T.handle, starts_: T.handle, table_: T.handle, info_: T.handle,
         k_offsets_: T.handle, q_positions_: T.handle, output_: T.handle, lse_: T.handle,

@@ -67,7 +67,7 @@ def linear4(rows: int, columns: int, scale_type: str) -> Any:
                 weights[r, first * PER_WORD + i * count + v] = number(w[n, first + v], i) - T.float32(ZERO)
             weights[r, lanes(first * PER_WORD + i * count, count)] *= scale(s, n, first, count)
 
-    @T.prim_func(private=True, s_tir=True)
+    @T.prim_func(private=True, s_tir=True)  # type: ignore[untyped-decorator]
     def linear(x_: T.handle, w_: T.handle, s_: T.handle, y_: T.handle):  # type: ignore[no-untyped-def]
         T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
         m = T.int64()
@@ -132,7 +132,7 @@ def linear_float(rows: int, columns: int, weight_type: str) -> Any:
     """(x (m, columns) float32, w (rows, columns)) -> y (m, rows) float32."""
     together = gcd(rows, _ROWS)
 
-    @T.prim_func(private=True, s_tir=True)
+    @T.prim_func(private=True, s_tir=True)  # type: ignore[untyped-decorator]
     def linear(x_: T.handle, w_: T.handle, y_: T.handle):  # type: ignore[no-untyped-def]
         T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
         m = T.int64()
