@@ -8,6 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from alight import devices
+from alight.artifact import Artifact
+from alight.errors import DoesNotFit
+from alight.target import LoadOptions
+from alight_targets.llama_cpp import CpuTarget
+
 LIMITED = """
 import resource, sys
 import alight
@@ -49,3 +55,12 @@ def test_a_context_that_was_asked_for_is_refused_with_numbers(smollm2_file: Path
     said = load_within(smollm2_file, 8192, 500_000_000)
     assert said.startswith("refused: llama with a context of 8192 tokens needs about")
     assert "MB are free" in said
+
+
+def test_what_was_predicted_is_checked_once_it_is_loaded(
+    smollm2: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = iter([4_000_000_000, 5_000_000])  # before and after: somebody else took it
+    monkeypatch.setattr(devices, "available_memory", lambda: next(free))
+    with pytest.raises(DoesNotFit, match="needs about 4,011 MB but 4,000 MB are free"):
+        CpuTarget().load(smollm2, LoadOptions(context=256, slots=1))

@@ -23,7 +23,7 @@ class _PlainMatmul(dlight.gpu.Matmul):  # type: ignore[misc]
 def pipeline(target: Target) -> Any:
     """The passes from the decoder's module to bytecode and kernels, for `relax.build`."""
 
-    @tvm.transform.module_pass(opt_level=0)
+    @tvm.transform.module_pass(opt_level=0)  # type: ignore[untyped-decorator]
     def run(module: Any, _: Any) -> Any:
         with target:
             return tvm.transform.Sequential(

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from tvm import relax, te, tirx
+from tvm import relax, tirx
 from tvm.relax.frontend import nn
 from tvm.script import tirx as T
 
 _COLDEST = 1e-6  # a temperature of 0, which picks the likeliest token
 _THREADS = 256  # of a block; every GPU has as many
+_HALVINGS = 8  # until one of them is left
+_NO_LIMIT = 1 << 30
+_TOP = 64  # of the likeliest tokens that can be sampled in a browser
 _UNLIKELY = -3.4028234663852886e38  # float32's least number
 
 
@@ -94,13 +97,53 @@ def _logit_functions(gpu: bool) -> tuple[Any, ...]:
 
 
 @T.prim_func(private=True, s_tir=True)  # type: ignore[untyped-decorator]
-def _fill(result_: T.handle, value: T.int32):  # type: ignore[no-untyped-def]
-    rows = T.int32()
-    result = T.match_buffer(result_, (rows, 1), "int32")
-    for i in T.serial(rows):
-        with T.sblock("fill"):
-            n = T.axis.spatial(rows, i)
-            result[n, 0] = value
+def _likeliest(probs_: T.handle, values_: T.handle, order_: T.handle):  # type: ignore[no-untyped-def]
+    """The `_TOP` greatest of each row in order, and zeros behind them. One block of threads finds one after another."""
+    T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+    batch, vocabulary = T.int64(), T.int64()
+    probs = T.match_buffer(probs_, (batch, vocabulary), "float32")
+    values = T.match_buffer(values_, (batch, vocabulary), "float32")
+    order = T.match_buffer(order_, (batch, vocabulary), "int32")
+    for row in T.thread_binding(batch, "blockIdx.x"):
+        for thread in T.thread_binding(_THREADS, "threadIdx.x"):
+            with T.sblock("likeliest"):
+                value = T.sblock_alloc_buffer((_THREADS,), "float32", scope="shared")
+                token = T.sblock_alloc_buffer((_THREADS,), "int32", scope="shared")
+                last = T.sblock_alloc_buffer((1,), "float32", scope="local")
+                last_token = T.sblock_alloc_buffer((1,), "int32", scope="local")
+                last[0] = T.float32(2)  # above every probability
+                last_token[0] = -1
+                for i in T.serial((vocabulary + _THREADS - 1) // _THREADS):
+                    if i * _THREADS + thread < vocabulary:
+                        values[row, i * _THREADS + thread] = T.float32(0)
+                        order[row, i * _THREADS + thread] = 0
+                for rank in T.serial(T.min(T.int64(_TOP), vocabulary)):
+                    value[thread] = T.float32(-1)
+                    token[thread] = 0
+                    for i in T.serial((vocabulary + _THREADS - 1) // _THREADS):
+                        if i * _THREADS + thread < vocabulary:
+                            j: T.let[T.int32] = T.Cast("int32", i * _THREADS + thread)
+                            p: T.let[T.float32] = probs[row, j]
+                            if p > value[thread] and (p < last[0] or (p == last[0] and j > last_token[0])):
+                                value[thread] = p
+                                token[thread] = j
+                    T.tvm_storage_sync("shared")
+                    for halving in T.serial(_HALVINGS):
+                        reach: T.let[T.int32] = T.shift_right(_THREADS // 2, halving)
+                        if thread < reach:
+                            if value[thread + reach] > value[thread] or (
+                                value[thread + reach] == value[thread]
+                                and token[thread + reach] < token[thread]
+                            ):
+                                value[thread] = value[thread + reach]
+                                token[thread] = token[thread + reach]
+                        T.tvm_storage_sync("shared")
+                    last[0] = value[0]
+                    last_token[0] = token[0]
+                    if thread == 0:
+                        values[row, rank] = value[0]
+                        order[row, rank] = token[0]
+                    T.tvm_storage_sync("shared")
 
 
 def with_sampling(module: Any, *, gpu: bool, sorting: bool) -> Any:
@@ -108,8 +151,8 @@ def with_sampling(module: Any, *, gpu: bool, sorting: bool) -> Any:
 
     Args:
         gpu: whether it is compiled for one.
-        sorting: also `argsort_probs` and `sample_with_top_p`, which sample where the logits are. tvm sorts on GPUs;
-            engines on a CPU sample for themselves.
+        sorting: also `argsort_probs` and `sample_with_top_p`, by which web-llm samples. The first sorts the 64 likeliest
+            tokens only: tvm's sort uses a third axis of blocks, which its WebGPU lacks.
     """
     for function in _logit_functions(gpu):
         module[str(function.attrs["global_symbol"])] = function
@@ -137,14 +180,11 @@ def _add_argsort(builder: relax.BlockBuilder) -> None:
     batch, vocabulary = tirx.Var("batch_size", "int64"), tirx.Var("vocab_size", "int64")
     probs = relax.Var("probs", relax.TensorType((batch, vocabulary), "float32"))
 
-    def take(values: Any, order: Any) -> Any:
-        return te.compute((batch, vocabulary), lambda i, j: values[i, order[i, j]], name="take_sorted_probs")
-
+    types = [relax.TensorType((batch, vocabulary), kind) for kind in ("float32", "int32")]
     with builder.function("argsort_probs", [probs]):
         with builder.dataflow():
-            order = builder.emit(relax.op.argsort(probs, descending=True, dtype="int32"))
-            values = builder.emit_te(take, probs, order, primfunc_name_hint="take_sorted_probs")
-            out = builder.emit_output((values, order))
+            kernel = builder.add_func(_likeliest, "likeliest")
+            out = builder.emit_output(relax.call_tir(kernel, [probs], out_ty=types))
         builder.emit_func_output(out)
 
 
@@ -170,7 +210,7 @@ def _add_top_p(builder: relax.BlockBuilder) -> None:
                 nn.wrap_nested(probs, "sorted_probs"),
                 nn.wrap_nested(order, "sorted_indices"),
                 column(top_p, batch, "float32"),
-                nn.tensor_ir_op(_fill, "fill", [vocabulary], nn.Tensor.placeholder([batch, 1], "int32")),
+                nn.op.full([batch, 1], _NO_LIMIT, "int32"),  # top k
                 column(uniform, samples, "float32"),
                 column(rows, samples, "int32"),
             )

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from pathlib import Path
 
 import psutil
 
 from alight import devices, openmp
 from alight.artifact import Artifact
-from alight.errors import BadInput
-from alight.planner import fit_context, shape_of_gguf
+from alight.errors import BadInput, DoesNotFit
+from alight.planner import fit_context, memory, shape_of_gguf
 from alight.target import Availability, LoadOptions, Model, Target
 
 openmp.calm()  # before any module here loads llama.cpp
+
+log = logging.getLogger("alight.llama_cpp")
+
+LEFT_FREE = 16_000_000  # bytes that must be left once a model is loaded
 
 
 class CpuTarget(Target):
@@ -45,7 +50,18 @@ class CpuTarget(Target):
             available -= eyes.stat().st_size
         context = fit_context(shape, wanted, available, kv_type=options.kv_type, outputs=outputs)
         threads = options.threads or psutil.cpu_count(logical=False) or 1
-        return LlamaCppModel(artifact, options, context=context, threads=threads, target=self.name)
+        predicted = memory(shape, context=context, kv_type=options.kv_type, outputs=outputs).total
+        model = LlamaCppModel(artifact, options, context=context, threads=threads, target=self.name)
+        left = devices.available_memory()
+        if (
+            left < LEFT_FREE
+        ):  # the prediction was wrong, or others took it meanwhile: better now than in an answer
+            model.close()
+            raise DoesNotFit(
+                f"{artifact.name!r} with a context of {context} tokens", available - left, available
+            )
+        log.debug("%s: %d bytes predicted, %d taken", artifact.name, predicted, available - left)
+        return model
 
 
 __all__ = ["CpuTarget"]
