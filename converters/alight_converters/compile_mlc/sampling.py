@@ -109,40 +109,46 @@ def _likeliest(probs_: T.handle, values_: T.handle, order_: T.handle):  # type: 
             with T.sblock("likeliest"):
                 value = T.sblock_alloc_buffer((_THREADS,), "float32", scope="shared")
                 token = T.sblock_alloc_buffer((_THREADS,), "int32", scope="shared")
-                last = T.sblock_alloc_buffer((1,), "float32", scope="local")
-                last_token = T.sblock_alloc_buffer((1,), "int32", scope="local")
-                last[0] = T.float32(2)  # above every probability
-                last_token[0] = -1
+                # Of this thread alone: (the last one found, the best of its own), values and tokens.
+                near = T.sblock_alloc_buffer((2,), "float32", scope="local")
+                near_token = T.sblock_alloc_buffer((2,), "int32", scope="local")
+                near[0] = T.float32(2)  # above every probability
+                near_token[0] = -1
                 for i in T.serial((vocabulary + _THREADS - 1) // _THREADS):
                     if i * _THREADS + thread < vocabulary:
                         values[row, i * _THREADS + thread] = T.float32(0)
                         order[row, i * _THREADS + thread] = 0
                 for rank in T.serial(T.min(T.int64(_TOP), vocabulary)):
-                    value[thread] = T.float32(-1)
-                    token[thread] = 0
+                    near[1] = T.float32(-1)
+                    near_token[1] = 0
                     for i in T.serial((vocabulary + _THREADS - 1) // _THREADS):
                         if i * _THREADS + thread < vocabulary:
                             j: T.let[T.int32] = T.Cast("int32", i * _THREADS + thread)
                             p: T.let[T.float32] = probs[row, j]
-                            if p > value[thread] and (p < last[0] or (p == last[0] and j > last_token[0])):
-                                value[thread] = p
-                                token[thread] = j
+                            if p > near[1] and (p < near[0] or (p == near[0] and j > near_token[0])):
+                                near[1] = p
+                                near_token[1] = j
+                    value[thread] = near[1]
+                    token[thread] = near_token[1]
                     T.tvm_storage_sync("shared")
                     for halving in T.serial(_HALVINGS):
                         reach: T.let[T.int32] = T.shift_right(_THREADS // 2, halving)
-                        if thread < reach:
-                            if value[thread + reach] > value[thread] or (
-                                value[thread + reach] == value[thread]
-                                and token[thread + reach] < token[thread]
-                            ):
-                                value[thread] = value[thread + reach]
-                                token[thread] = token[thread + reach]
+                        other: T.let[T.int32] = T.min(thread + reach, _THREADS - 1)
+                        theirs: T.let[T.float32] = value[other]
+                        their_token: T.let[T.int32] = token[other]
+                        if thread < reach and (
+                            theirs > near[1] or (theirs == near[1] and their_token < near_token[1])
+                        ):
+                            near[1] = theirs
+                            near_token[1] = their_token
+                            value[thread] = theirs
+                            token[thread] = their_token
                         T.tvm_storage_sync("shared")
-                    last[0] = value[0]
-                    last_token[0] = token[0]
+                    near[0] = value[0]
+                    near_token[0] = token[0]
                     if thread == 0:
-                        values[row, rank] = value[0]
-                        order[row, rank] = token[0]
+                        values[row, rank] = near[0]
+                        order[row, rank] = near_token[0]
                     T.tvm_storage_sync("shared")
 
 
@@ -151,8 +157,8 @@ def with_sampling(module: Any, *, gpu: bool, sorting: bool) -> Any:
 
     Args:
         gpu: whether it is compiled for one.
-        sorting: also `argsort_probs` and `sample_with_top_p`, by which web-llm samples. The first sorts the 64 likeliest
-            tokens only: tvm's sort uses a third axis of blocks, which its WebGPU lacks.
+        sorting: also `argsort_probs` and `sample_with_top_p`, by which web-llm samples. The first sorts the 64
+            likeliest tokens only: tvm's sort uses a third axis of blocks, which its WebGPU lacks.
     """
     for function in _logit_functions(gpu):
         module[str(function.attrs["global_symbol"])] = function

@@ -53,13 +53,10 @@ class CpuTarget(Target):
         predicted = memory(shape, context=context, kv_type=options.kv_type, outputs=outputs).total
         model = LlamaCppModel(artifact, options, context=context, threads=threads, target=self.name)
         left = devices.available_memory()
-        if (
-            left < LEFT_FREE
-        ):  # the prediction was wrong, or others took it meanwhile: better now than in an answer
+        if left < LEFT_FREE:  # the prediction was wrong, or others took it meanwhile
             model.close()
-            raise DoesNotFit(
-                f"{artifact.name!r} with a context of {context} tokens", available - left, available
-            )
+            taken = available - left + LEFT_FREE
+            raise DoesNotFit(f"{artifact.name!r} with a context of {context} tokens", taken, available)
         log.debug("%s: %d bytes predicted, %d taken", artifact.name, predicted, available - left)
         return model
 
