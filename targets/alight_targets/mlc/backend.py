@@ -46,6 +46,9 @@ class TvmBackend(Backend):
         self._tensor, self._shape = tvm.runtime.tensor, Shape
         self.context, self.slots = context, slots
         self._function = tvm.get_global_func
+        # The pool belongs to this thread, and is made with its first use. By itself tvm takes half of the cores that
+        # the system names, on the guess that two share one.
+        os.environ["TVM_NUM_THREADS"] = str(threads)
         self._function("runtime.config_threadpool")(_BIG_CORES, threads)
         self._device = tvm.device(library.device, 0)
         try:
