@@ -22,16 +22,15 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def logging_as_it_was() -> Iterator[None]:
-    """A command run inside the test process sets up the terminal's logging; the next test must not see it."""
+def no_logging_of_commands() -> None:
+    """A command run inside the test process, or by a fixture of many tests, sets up the terminal's logging; the next
+    test must not see it."""
     root = logging.getLogger()
-    loggers = [root, logging.getLogger("alight"), logging.getLogger("zeroconf")]
-    levels, handlers = [logger.level for logger in loggers], list(root.handlers)
-    yield
-    for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)
-    for handler in set(root.handlers) - set(handlers):
+    for handler in [h for h in root.handlers if type(h).__module__ == "alight.cli.output"]:
         root.removeHandler(handler)
+    root.setLevel(logging.WARNING)
+    for name in ("alight", "zeroconf"):
+        logging.getLogger(name).setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

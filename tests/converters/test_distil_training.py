@@ -125,14 +125,18 @@ folder = Path(sys.argv[1])
 source = Checkpoint.open(folder / "tiny")
 def run(name, rows_at_once, batch):
     training = dict(steps=1, batch=batch, rows_at_once=rows_at_once, precision="float32")
-    context = Context(folder / name, folder / f"work-{name}", source, Calibration(torch.ones(64, 256).long(), "ones"))
+    own = folder / sys.argv[2]
+    own.mkdir(exist_ok=True)
+    context = Context(own / name, own / f"work-{name}", source, Calibration(torch.ones(64, 256).long(), "ones"))
     Distil(random_student={"num_hidden_layers": 2}, training=training).run(source, context)
     return context.measured["rows_at_once"]
 run("warm", None, 1)
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (300 << 20), resource.RLIM_INFINITY))
-rows = run("fewer", None, 64)
-assert 1 <= rows < 64, rows
+if sys.argv[2] == "fewer":
+    rows = run("fewer", None, 64)
+    assert 1 <= rows < 64, rows
+    sys.exit()
 try:
     run("fixed", 64, 64)
 except ValueError as error:
@@ -143,12 +147,16 @@ except ValueError as error:
 def test_out_of_memory_means_fewer_rows_at_once_or_an_error_that_names_them(
     tiny: Checkpoint, tmp_path: Path
 ) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", SHORT_OF_MEMORY, tmp_path], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "training on 64 rows of 256 tokens at once runs out of memory" in done.stderr
-    assert "rows at once fit: set rows_at_once to " in done.stdout
+    def short_of_memory(which: str) -> subprocess.CompletedProcess[str]:
+        """In a process of its own: what one run leaves in pieces is no room for another."""
+        command = [sys.executable, "-c", SHORT_OF_MEMORY, str(tmp_path), which]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    fewer = short_of_memory("fewer").stderr
+    assert "training on 64 rows of 256 tokens at once runs out of memory" in fewer
+    assert "rows at once fit: set rows_at_once to " in short_of_memory("fixed").stdout
 
 
 def test_the_state_of_another_run_is_not_used(

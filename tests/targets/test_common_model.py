@@ -140,7 +140,8 @@ def test_a_long_prompt_is_read_between_the_steps_of_others(load: Load) -> None:
     next(first)
     assert answer(model, [6, 7] * 200, greedy(1)).usage.prompt_tokens == 400
     first.close()
-    assert backend.read[1:6] == [96, 96, 96, 96, 16]
+    # (What is longer is the first one's, which fills its context again and again.)
+    assert [count for count in backend.read[1:] if count <= 96] == [96, 96, 96, 96, 16]
 
 
 # -- sequences are used again ------------------------------------------------------------------------
