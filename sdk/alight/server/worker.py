@@ -1,8 +1,9 @@
 """The process of one loaded model: `python -m alight.server.worker`, started by `WorkerModel`.
 
-It talks to the server over its standard input and output (see worker_protocol), and runs each request in
-a thread of its own. Whatever else writes to standard output or error ends up in the server's log. It ends
-when its input does: when the server closes the model, or dies.
+It talks to the server over its standard input and output (see worker_protocol), and begins each request in
+a thread of its own; an engine that pushes its answers needs that no longer then. Whatever else writes to
+standard output or error ends up in the server's log. It ends when its input does: when the server closes the
+model, or dies.
 """
 
 from __future__ import annotations

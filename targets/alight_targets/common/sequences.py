@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from alight.errors import AlightError, EngineError
 from alight_targets.common.backend import Backend
 from alight_targets.common.request import Adapters, Request
+from alight_targets.common.tokens import common_length
 
 _WORTH_A_COPY = 16  # tokens; reading fewer is quicker than copying them
 
@@ -29,7 +30,7 @@ class _Held:
     def common(self, tokens: Sequence[int]) -> int:
         """How many of its first tokens are those of a prompt."""
         mine = self.tokens if self.request is None else self.request.tokens[: self.request.kv]
-        return _common(mine, tokens)
+        return common_length(mine, tokens)
 
 
 class Sequences:
@@ -125,15 +126,3 @@ class Sequences:
     def _forget(self, number: int) -> None:
         del self._held[number]
         self._backend.remove(number)
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the common beginning, by halving: slices are compared in C."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low

@@ -18,6 +18,7 @@ from typing import Protocol, TypeVar
 
 from alight.errors import AlightError, EngineError
 from alight.target import FinishReason
+from alight_targets.common.tokens import common_length
 from alight_targets.llama_cpp.cache import Cache
 from alight_targets.llama_cpp.jobs import Jobs
 from alight_targets.llama_cpp.native import NativeModel
@@ -195,7 +196,7 @@ class Scheduler:
         """Is another request just reading the same beginning? Then it is cheaper to wait for it."""
         have = self._cache.known(request.tokens, request.adapters) + WORTH_WAITING_FOR
         return any(
-            not r.made and r.adapters == request.adapters and _common(r.tokens, request.tokens) > have
+            not r.made and r.adapters == request.adapters and common_length(r.tokens, request.tokens) > have
             for r in self._running
             if r.kv < r.prompt - 1
         )
@@ -413,15 +414,3 @@ class Scheduler:
             log.exception("the engine cannot go on")
             with self._wake:
                 self._closed = True
-
-
-def _common(a: list[int], b: list[int]) -> int:
-    """Length of the common beginning, by halving: slices are compared in C."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
